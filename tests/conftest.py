@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import make_tiny_model
+
+from headrace.checkpoint.sources import pull
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -15,3 +18,21 @@ def shared_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is missing: this test needs real data beside the checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama with a chat template."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real SmolLM2-135M-Instruct as a .gguf file, pulled if it is missing."""
+    return pull("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma_path() -> Path:
+    """The real Gemma 3 270M base model as a .gguf file, pulled if it is missing."""
+    return pull("gemma3-270m")

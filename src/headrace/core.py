@@ -25,7 +25,7 @@ class ModelError(HeadraceError):
     exit_code = 2
 
 
-class InputError(HeadraceError):
+class InputError(HeadraceError, ValueError):
     """A setting, a flag or an input file is wrong as a whole. Says what, where and what to do."""
 
     exit_code = 2

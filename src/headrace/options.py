@@ -1,24 +1,42 @@
 """Every setting of Headrace, once: its name, type, default and meaning.
 
 The command line, the TOML file, the Python keywords and the reference page are generated from these classes.
-A setting is a field of a frozen dataclass; its text lives in the field's metadata. Nothing is read from the environment.
+A setting is a field of a frozen dataclass; its text lives in the field's metadata. Nothing comes from the environment.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from headrace.core import InputError
 
 DEFAULT_MODEL = "smollm2-135m"
 
 
-def setting(default: Any, meaning: str, *, metavar: str | None = None) -> Any:
-    """A dataclass field that knows its own one-line meaning."""
-    return field(default=default, metadata={"meaning": meaning, "metavar": metavar})
+def setting(default: Any, meaning: str, *, metavar: str | None = None, low: float | None = None) -> Any:
+    """A dataclass field that knows its own one-line meaning and, for numbers, the least value allowed."""
+    return field(default=default, metadata={"meaning": meaning, "metavar": metavar, "low": low})
+
+
+class Options:
+    """Base of the option classes: checks every value when it is set, so that nothing wrong travels further.
+
+    Raises InputError (a ValueError) naming the setting and what would be right.
+    """
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for each in fields(self):  # type: ignore[arg-type]
+            value, low = getattr(self, each.name), each.metadata["low"]
+            if get_origin(hints[each.name]) is Literal and value not in get_args(hints[each.name]):
+                raise InputError(f"{each.name} must be one of {', '.join(get_args(hints[each.name]))}, got {value!r}")
+            if low is not None and value is not None and (not isinstance(value, int | float) or value < low):
+                raise InputError(f"{each.name} must be a number of at least {low:g}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
+class EngineOptions(Options):
     """How the model is loaded and run."""
 
     model: str = setting(DEFAULT_MODEL, "A name from `headrace models`, a model folder, a .gguf file or a hub id.")
@@ -29,21 +47,33 @@ class EngineOptions:
     kernels: Literal["auto", "cpu", "reference"] = setting(
         "auto", "Arithmetic: the C++ extension (cpu), plain torch (reference), or the best one present (auto)."
     )
-    threads: int | None = setting(None, "Processor threads; all cores if not given.")
+    threads: int | None = setting(None, "Processor threads; all cores if not given.", low=1)
     kv_cache_bytes: int | None = setting(
-        None, "Memory for the KV cache, such as 4GiB; a share of the free memory if not given.", metavar="SIZE"
+        None, "Memory for the KV cache, such as 4GiB; a share of the free memory if not given.", metavar="SIZE", low=1
     )
-    kv_memory_share: float = setting(0.4, "Share of the free memory for the KV cache where kv_cache_bytes is not given.")
-    block_size: int = setting(32, "Tokens in a KV block, a multiple of 16; equal prefixes are shared in whole blocks.")
-    step_tokens: int = setting(1024, "Most tokens computed in one step; prefill is cut into chunks to fit.")
-    max_sequences: int = setting(256, "Most sequences that run at once.")
-    max_context: int | None = setting(None, "Most tokens of a prompt and its output; the model's own limit if not given.")
+    kv_memory_share: float = setting(
+        0.4, "Share of the free memory for the KV cache where kv_cache_bytes is not given.", low=0
+    )
+    block_size: int = setting(
+        32, "Tokens in a KV block, a multiple of 16; equal prefixes are shared in whole blocks.", low=16
+    )
+    step_tokens: int = setting(1024, "Most tokens computed in one step; prefill is cut into chunks to fit.", low=1)
+    max_sequences: int = setting(128, "Most sequences that run at once.", low=1)
+    max_context: int | None = setting(
+        None, "Most tokens of a prompt and its output; the model's own limit if not given.", low=2
+    )
     prefix_cache: bool = setting(True, "Compute equal prompt prefixes once.")
+    prefix_retain_bytes: int = setting(
+        256 * 2**20,
+        "KV memory for prefixes that no running row uses at the moment; least recently used go first.",
+        metavar="SIZE",
+        low=0,
+    )
     seed: int = setting(0, "Seed of rows that bring none; a row's randomness depends on its seed and id only.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
+class SamplingOptions(Options):
     """How outputs are drawn where a row does not say so itself."""
 
     max_tokens: int = setting(256, "Most output tokens of a row.")
@@ -60,10 +90,12 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Options):
     """What `headrace run` reads, asks and writes."""
 
-    prompt: str | None = setting(None, "Prompt template over the row's columns, such as 'Classify: {{ text }}' (jinja2).")
+    prompt: str | None = setting(
+        None, "Prompt template over the row's columns, such as 'Classify: {{ text }}' (jinja2)."
+    )
     prompt_file: str | None = setting(None, "File that holds the prompt template.", metavar="FILE")
     system: str | None = setting(None, "System message for every row.")
     chat: bool = setting(True, "Put the prompt through the model's chat template, if it has one.")
@@ -75,7 +107,9 @@ class RunOptions:
     unknown_fields: Literal["error", "warn", "ignore"] = setting(
         "error", "What a request field that Headrace does not know does to its row."
     )
-    max_errors: str | None = setting(None, "Stop after this many failed rows, or this share such as 5%.", metavar="N|P%")
+    max_errors: str | None = setting(
+        None, "Stop after this many failed rows, or this share such as 5%.", metavar="N|P%"
+    )
     fresh: bool = setting(False, "Forget an earlier run on the same output and start anew.")
     quiet: bool = setting(False, "Print nothing but errors.")
     json: bool = setting(False, "Print progress and the report as JSON lines.")

@@ -1,0 +1,66 @@
+# Two commands do it all on a fresh machine: `make run` and `make test`. Each may be given again at once and then
+# does no needless work: what has been done leaves a stamp in .make/.
+
+# Another build of torch, or another Python: make run TORCH='torch==2.13.0 --index-url ...' PYTHON=python3.12
+TORCH ?= torch==2.13.0
+PYTHON ?=
+export PYTHON
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+VENV := .venv/bin
+PIP := $(VENV)/python -m pip --disable-pip-version-check
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+EXTRA = $(VENV)/python tools/extra.py
+
+.PHONY: help run test check docs clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make run    install, fetch SmolLM2-135M and answer the example pile: results.jsonl and its report"
+	@echo "make test   install with the tools of development and run all tests"
+	@echo "make check  formatting, lints, types, structure"
+	@echo "make docs   build the documentation into site/"
+	@echo "make clean  remove what was built and installed here"
+
+run: .make/package
+	$(VENV)/headrace pull smollm2-135m
+	$(VENV)/headrace run examples/pile.jsonl -o results.jsonl
+
+test: .make/dev
+	$(VENV)/python -m pytest
+
+check: .make/dev
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+	$(VENV)/mypy
+	$(VENV)/python -m pytest -q tests/test_structure.py
+
+docs: .make/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
+
+.make/venv: tools/find-python
+	@mkdir -p .make
+	python=$$(sh tools/find-python) && "$$python" -m venv .venv
+	@touch $@
+
+.make/torch: .make/venv
+	$(PIP) install $(TORCH)
+	@touch $@
+
+.make/package: .make/torch $(NATIVE)
+	$(PIP) install --editable .
+	@touch $@
+
+# Only what an extra adds: installing the package again would build its extension again.
+.make/dev: .make/package tools/extra.py
+	$(EXTRA) dev | $(PIP) install --requirement /dev/stdin
+	@touch $@
+
+.make/docs: .make/package tools/extra.py
+	$(EXTRA) docs | $(PIP) install --requirement /dev/stdin
+	@touch $@
+
+clean:
+	rm -rf .venv .make build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,258 @@
+"""Who holds which KV blocks: keeps the sequences' block tables, the pool and the prefix tree in step.
+
+Knows nothing of tensors, of when a sequence runs, or of what a block's bytes are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from headrace.cache.blocks import BlockPool
+from headrace.cache.layout import CacheLayout
+from headrace.cache.prefix import ABSENT, BlockKey, Hit, Node, PrefixTree
+from headrace.core import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """What one running sequence has in the cache beside its block tables.
+
+    Its first `published` blocks are in the tree, the last of them at `node`. `private` counts its blocks of
+    full-attention groups that nobody else holds. `promise` is the key of the block that it is about to compute.
+    Blocks before `slid`, by sliding-window group, are released.
+    """
+
+    node: Node
+    published: int
+    slid: list[int]
+    private: int = 0
+    promise: BlockKey | None = None
+
+
+class KVLedger:
+    """The only writer of block tables. A sequence has one table per cache group, all of one length.
+
+    A block is one content: where two sequences have computed equal blocks, the later one takes the tree's block into
+    its table and gives its own back, so whoever holds a block holds the tree's blocks of all its parents too.
+    """
+
+    def __init__(self, layout: CacheLayout, num_blocks: int, prefix_cache: bool = True) -> None:
+        self.layout = layout
+        self.pool = BlockPool(num_blocks)
+        self.tree = PrefixTree(layout)
+        self.prefix_cache = prefix_cache
+        self.full_groups = [index for index, group in enumerate(layout.groups) if group.window is None]
+        self.windowed = [(index, group.window) for index, group in enumerate(layout.groups) if group.window is not None]
+        self.holdings: dict[int, Holding] = {}
+        self.shared = 0
+        # The sum of the numbers of a block's holders: where one holder is left, it is that sequence's number.
+        self._holders = [0] * num_blocks
+
+    @property
+    def num_blocks(self) -> int:
+        return self.pool.num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that can be had: free, or kept in the tree but held by nobody."""
+        return self.pool.available
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that running sequences hold."""
+        return self.pool.num_blocks - self.pool.available
+
+    def blocks_for(self, length: int, chunk: int = 1) -> int:
+        """Most blocks, over all groups, that a sequence holds until `length` tokens are computed, `chunk` at a time."""
+        full = -(-length // self.layout.block_size) * len(self.full_groups)
+        return full + self.window_blocks(length, chunk)
+
+    def window_blocks(self, length: int, chunk: int) -> int:
+        """The share of `blocks_for` that sliding-window groups have: a step sees window + chunk - 1 tokens at most."""
+        size = self.layout.block_size
+        return sum(min(-(-length // size), (window + chunk - 3) // size + 2) for _, window in self.windowed)
+
+    def match(self, sequence: Sequence) -> Hit:
+        """What the tree has of a waiting sequence; at least one token is left to compute, all of them for a score."""
+        if not self.prefix_cache:
+            return Hit([])
+        limit = 0 if sequence.request.score else (len(sequence.tokens) - 1) // self.layout.block_size
+        return self.tree.match(sequence.tokens, limit)
+
+    def hit_blocks(self, nodes: list[Node]) -> tuple[list[int], list[int]]:
+        """The blocks that a sequence acquires with these nodes: of full-attention groups, of sliding-window groups."""
+        size, depth = self.layout.block_size, len(nodes)
+        full = [node.blocks[group] for node in nodes for group in self.full_groups]
+        seen = [
+            node.blocks[group]
+            for group, window in self.windowed
+            for node in nodes[first_seen(depth * size, window) // size :]
+        ]
+        return full, seen
+
+    def sole_holder(self, block: int) -> int | None:
+        """The number of the one sequence that holds a block of a full-attention group; None if none or several do."""
+        return self._holders[block] if self.pool.references[block] == 1 else None
+
+    def admit(self, sequence: Sequence, cached: int) -> None:
+        """Give a sequence its tables, with the first `cached` tokens (whole blocks) from the tree.
+
+        Raises ValueError if the tree no longer has them.
+        """
+        size = self.layout.block_size
+        nodes = self.tree.match(sequence.tokens, cached // size).nodes if cached else []
+        if len(nodes) * size != cached:
+            raise ValueError(
+                f"sequence {sequence.number}: {cached} cached tokens were planned, {len(nodes) * size} found"
+            )
+        node = nodes[-1] if nodes else self.tree.root
+        slid = [first_seen(cached, window) // size for _, window in self.windowed]
+        holding = self.holdings[sequence.number] = Holding(node, len(nodes), slid)
+        self.tree.pin(node)
+        tables = [[each.blocks[group] for each in nodes] for group in range(len(self.layout.groups))]
+        for (group, _), first in zip(self.windowed, slid, strict=True):
+            tables[group][:first] = [ABSENT] * first
+        for group, table in enumerate(tables):
+            for block in table:
+                if block != ABSENT:
+                    self._hold(block, group, sequence.number)
+        sequence.tables = tables
+        self._renew_promise(sequence, holding)
+
+    def grow(self, sequence: Sequence, length: int) -> None:
+        """Make the tables long enough for `length` tokens, group by group for each new block in turn."""
+        missing = -(-length // self.layout.block_size) - len(sequence.tables[0])
+        for _ in range(missing):
+            for group, table in enumerate(sequence.tables):
+                table.append(self._allocate(group, sequence.number))
+
+    def publish(self, sequence: Sequence) -> None:
+        """Put the blocks that have become full of computed tokens into the tree."""
+        if not self.prefix_cache:
+            return
+        size, holding = self.layout.block_size, self.holdings[sequence.number]
+        if sequence.computed < (holding.published + 1) * size:
+            return
+        before = holding.node
+        while sequence.computed >= (holding.published + 1) * size:
+            start = holding.published * size
+            holding.node = self.tree.child(holding.node, tuple(sequence.tokens[start : start + size]))
+            for group, table in enumerate(sequence.tables):
+                own = table[holding.published]
+                table[holding.published] = self._publish_block(holding.node, group, own, sequence.number)
+            holding.published += 1
+        self.tree.pin(holding.node)
+        self.tree.unpin(before)
+        self._renew_promise(sequence, holding)
+
+    def slide(self, sequence: Sequence) -> None:
+        """Release the blocks of sliding-window groups that no later query of the sequence can see."""
+        if not self.windowed:
+            return
+        slid = self.holdings[sequence.number].slid
+        for index, (group, window) in enumerate(self.windowed):
+            first = first_seen(sequence.computed, window) // self.layout.block_size
+            table = sequence.tables[group]
+            for position in range(slid[index], first):
+                self._drop(table[position], group, sequence.number)
+                table[position] = ABSENT
+            slid[index] = max(slid[index], first)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all blocks from a sequence, the last first: so a parent in the tree is never older than its children."""
+        for position in range(len(sequence.tables[0]) - 1, -1, -1):
+            for group, table in enumerate(sequence.tables):
+                if table[position] != ABSENT:
+                    self._drop(table[position], group, sequence.number)
+        sequence.tables = []
+        holding = self.holdings.pop(sequence.number)
+        if holding.promise is not None:
+            self.tree.fulfil(holding.promise)
+        self.tree.unpin(holding.node)
+
+    def _renew_promise(self, sequence: Sequence, holding: Holding) -> None:
+        """Promise the block after the published ones, if all its tokens are known and it can be found again."""
+        if holding.promise is not None:
+            self.tree.fulfil(holding.promise)
+        holding.promise = None
+        if self.prefix_cache:
+            holding.promise = self.tree.next_key(holding.node, sequence.tokens, holding.published)
+        if holding.promise is not None:
+            self.tree.promise(holding.promise)
+
+    def _publish_block(self, node: Node, group: int, own: int, number: int) -> int:
+        """Put the sequence's own block into the tree, or swap it for the equal one there; the one for its table."""
+        present = node.blocks[group]
+        if present == ABSENT:
+            self.tree.put(node, group, own)
+            self.pool.cache(own)
+            return own
+        if present != own:
+            self._hold(present, group, number)
+            self._drop(own, group, number)
+        return present
+
+    def _allocate(self, group: int, number: int) -> int:
+        block = self.pool.allocate()
+        if block is None:
+            for dropped in reversed(self.tree.forget(self.pool.oldest_evictable())):
+                self.pool.uncache(dropped)
+            block = self.pool.allocate()
+        assert block is not None  # the evicted block is free
+        self._holders[block] = number
+        if self.layout.groups[group].window is None:
+            self.holdings[number].private += 1
+        return block
+
+    def _hold(self, block: int, group: int, number: int) -> None:
+        holders = self.pool.references[block]
+        if self.layout.groups[group].window is None:
+            if holders == 0:
+                self.holdings[number].private += 1
+            elif holders == 1:
+                self.holdings[self._holders[block]].private -= 1
+                self.shared += 1
+        self.pool.acquire(block)
+        self._holders[block] += number
+
+    def _drop(self, block: int, group: int, number: int) -> None:
+        self.pool.release(block)
+        self._holders[block] -= number
+        if self.layout.groups[group].window is None:
+            holders = self.pool.references[block]
+            if holders == 0:
+                self.holdings[number].private -= 1
+            elif holders == 1:
+                self.holdings[self._holders[block]].private += 1
+                self.shared -= 1
+
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless pool, tree and the tables of these running sequences agree. O(blocks)."""
+        running = {sequence.number: sequence for sequence in sequences}
+        _require(running.keys() == self.holdings.keys(), "holdings are not those of the running sequences")
+        held = Counter(b for each in running.values() for table in each.tables for b in table if b != ABSENT)
+        _require(all(held[b] == count for b, count in enumerate(self.pool.references)), "a reference count is wrong")
+        _require(self.pool.cached_blocks() == self.tree.places.keys(), "cached blocks are not those in the tree")
+        full = {b for each in running.values() for g in self.full_groups for b in each.tables[g]}
+        _require(self.shared == sum(held[block] > 1 for block in full), "wrong number of shared blocks")
+        pins = Counter(holding.node for holding in self.holdings.values())
+        _require(all(node.pins == count for node, count in pins.items()), "a node's pins differ from its sequences")
+        promised = Counter(holding.promise for holding in self.holdings.values() if holding.promise is not None)
+        _require(dict(promised) == self.tree.promises, "promises are not those of the running sequences")
+        for number, sequence in running.items():
+            private = sum(held[block] == 1 for group in self.full_groups for block in sequence.tables[group])
+            _require(self.holdings[number].private == private, f"sequence {number}: wrong number of private blocks")
+        self.pool.check()
+        self.tree.check()
+
+
+def first_seen(position: int, window: int) -> int:
+    """The first token that a query at this position sees through a sliding window."""
+    return max(0, position - window + 1)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)

@@ -1,0 +1,176 @@
+"""The prefix tree: which blocks hold the KV of which tokens after which other tokens, and who is about to compute more.
+
+Knows tokens and block ids. Whether a block is held or free is the pool's matter; the ledger keeps the two in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+from headrace.cache.layout import CacheLayout
+
+ABSENT = -1
+
+
+class Node:
+    """One full block of tokens after its parent's; `blocks` has a block id for each cache group, or ABSENT.
+
+    `pins` counts running sequences whose newest shared block this is: their place in the tree must stay.
+    """
+
+    __slots__ = ("blocks", "children", "parent", "pins", "tokens")
+
+    def __init__(self, parent: Node | None, tokens: tuple[int, ...], groups: int) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.blocks = [ABSENT] * groups
+        self.children: dict[tuple[int, ...], Node] = {}
+        self.pins = 0
+
+
+BlockKey = tuple[Node, tuple[int, ...]]
+
+
+class Hit(NamedTuple):
+    """What the tree has of a sequence: `nodes` from the root on, and the key of the block to compute next.
+
+    `key` is None where that block is not full of known tokens. The hit is `extensible` if it would be longer were that
+    block in the tree, and `promised` if moreover a running sequence is about to compute it.
+
+    A running sequence promises only the one block that it computes next: whoever shares later blocks with it shares
+    this one too, finds just as much in the tree as it did, and so asks for this one first.
+    """
+
+    nodes: list[Node]
+    key: BlockKey | None = None
+    extensible: bool = False
+    promised: bool = False
+
+
+class PrefixTree:
+    """Nodes by content: a child is found by its tokens, compared in full, never by a hash alone.
+
+    In a layout with a full-attention group, every node has its blocks of all full-attention groups: they are evicted
+    together, and with them the node. A sliding-window group may lose its block of any node.
+    """
+
+    def __init__(self, layout: CacheLayout) -> None:
+        self.layout = layout
+        self.root = Node(None, (), len(layout.groups))
+        self.places: dict[int, tuple[Node, int]] = {}
+        self.promises: dict[BlockKey, int] = {}
+        self._windowed = [
+            (index, group.window) for index, group in enumerate(layout.groups) if group.window is not None
+        ]
+
+    def match(self, tokens: Rows[int], limit: int) -> Hit:
+        """The longest usable prefix of `tokens` in at most `limit` whole blocks. Changes nothing.
+
+        Usable is a prefix whose every node has the blocks of all full-attention groups, and whose last nodes have
+        those blocks of sliding-window groups that the next query can still see.
+        """
+        size = self.layout.block_size
+        node, nodes = self.root, []
+        for start in range(0, limit * size, size):
+            child = node.children.get(tuple(tokens[start : start + size]))
+            if child is None:
+                break
+            nodes.append(child)
+            node = child
+        if self._windowed:
+            del nodes[self._usable(nodes) :]
+        key = self.next_key(nodes[-1] if nodes else self.root, tokens, len(nodes))
+        extensible = len(nodes) < limit
+        return Hit(nodes, key, extensible, extensible and key in self.promises)
+
+    def next_key(self, node: Node, tokens: Rows[int], depth: int) -> BlockKey | None:
+        """The key of the block after `node`, the depth-th of the tokens; None if not all its tokens are known."""
+        size = self.layout.block_size
+        end = (depth + 1) * size
+        return (node, tuple(tokens[end - size : end])) if end <= len(tokens) else None
+
+    def _usable(self, nodes: list[Node]) -> int:
+        """How many of these nodes a sequence may start behind; one pass, counting each window group's unbroken run."""
+        best, size = 0, self.layout.block_size
+        runs = [0] * len(self._windowed)
+        for depth, node in enumerate(nodes, 1):
+            usable = True
+            for index, (group, window) in enumerate(self._windowed):
+                runs[index] = runs[index] + 1 if node.blocks[group] != ABSENT else 0
+                usable &= runs[index] >= depth - max(0, depth * size - window + 1) // size
+            best = depth if usable else best
+        return best
+
+    def child(self, node: Node, tokens: tuple[int, ...]) -> Node:
+        """The node for these tokens after `node`, made if there is none."""
+        found = node.children.get(tokens)
+        if found is None:
+            found = node.children[tokens] = Node(node, tokens, len(self.layout.groups))
+        return found
+
+    def put(self, node: Node, group: int, block: int) -> None:
+        """This block holds the node's KV for this group."""
+        node.blocks[group] = block
+        self.places[block] = (node, group)
+
+    def forget(self, block: int) -> list[int]:
+        """Drop an unheld block; all blocks that lost their place with it, by group.
+
+        The last release of a node's full-attention blocks is never before its children's (who holds a child holds its
+        parents, and lets go of them last), so the oldest evictable one belongs to a leaf.
+        """
+        node, group = self.places[block]
+        if self.layout.groups[group].window is None:
+            dropped = [each for each in node.blocks if each != ABSENT]
+        else:
+            dropped = [block]
+        for each in dropped:
+            del self.places[each]
+        node.blocks = [ABSENT if each in dropped else each for each in node.blocks]
+        self._prune(node)
+        return dropped
+
+    def pin(self, node: Node) -> None:
+        node.pins += 1
+
+    def unpin(self, node: Node) -> None:
+        node.pins -= 1
+        self._prune(node)
+
+    def promise(self, key: BlockKey) -> None:
+        """One more running sequence is about to compute this block."""
+        self.promises[key] = self.promises.get(key, 0) + 1
+
+    def fulfil(self, key: BlockKey) -> None:
+        """One such sequence has computed it, or will not."""
+        if self.promises[key] == 1:
+            del self.promises[key]
+        else:
+            self.promises[key] -= 1
+
+    def _prune(self, node: Node) -> None:
+        """Remove nodes that hold nothing, lead nowhere and are nobody's place, from here towards the root."""
+        while node.parent and not node.children and not node.pins and all(block == ABSENT for block in node.blocks):
+            parent = node.parent
+            del parent.children[node.tokens]
+            node = parent
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant is broken. O(nodes)."""
+        full = [index for index, group in enumerate(self.layout.groups) if group.window is None]
+        found: dict[int, tuple[Node, int]] = {}
+        stack = [self.root]
+        while stack:
+            node = stack.pop()
+            for tokens, child in node.children.items():
+                if child.parent is not node or child.tokens != tokens or len(tokens) != self.layout.block_size:
+                    raise AssertionError(f"a node is in the wrong place: {tokens}")
+                if any(child.blocks[group] == ABSENT for group in full):
+                    raise AssertionError(f"a node lost a block of a full-attention group: {child.blocks}")
+                if not child.children and not child.pins and all(block == ABSENT for block in child.blocks):
+                    raise AssertionError(f"an empty node was not removed: {tokens}")
+                found.update({block: (child, group) for group, block in enumerate(child.blocks) if block != ABSENT})
+                stack.append(child)
+        if found != self.places:
+            raise AssertionError("the tree's blocks and their places differ")

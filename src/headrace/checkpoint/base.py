@@ -1,0 +1,55 @@
+"""What every checkpoint offers, whatever its format on disk. Knows nothing of models' equations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from headrace.checkpoint.tokenizer import Tokenizer
+
+
+class Checkpoint(Protocol):
+    """Weights, configuration and tokenizer of one model, in Hugging Face's names and layout.
+
+    `config` has the names and shape of Hugging Face's config.json of a text model, whatever the file's own metadata.
+    One name is ours: `rope_scaling = {"rope_type": "factors", "factors": [...]}` with head_dim / 2 numbers, each the
+    divisor of one rotary frequency (how GGUF stores Llama 3's scaling).
+    """
+
+    @property
+    def path(self) -> Path:
+        """The folder or the file."""
+        ...
+
+    @property
+    def format(self) -> Literal["safetensors", "gguf"]: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        ...
+
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in Hugging Face's layout and head order, owned by the caller.
+
+        float32, float16 or bfloat16 as stored; float32 where it was quantised. Raises ModelError if it is missing or
+        of a type that is not supported.
+        """
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ModelError if it is missing or of an unsupported kind."""
+        ...
+
+    def hash(self) -> str:
+        """SHA-256 over the weight files, as hexadecimal digits."""
+        ...

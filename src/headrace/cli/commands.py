@@ -1,0 +1,169 @@
+"""The commands `headrace run`, `pull` and `models`: flags in, calls to the other rooms out.
+
+The flags of `run` are generated from the option classes. Rooms that load torch are imported inside the command that
+needs them, so that help and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headrace import __version__
+from headrace.cli.config import resolve
+from headrace.cli.settings import Setting, all_settings
+from headrace.core import InputError
+
+app = typer.Typer(
+    name="headrace",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+class GroupedCommand(typer.core.TyperCommand):
+    """A command whose help lists its flags in groups, as plain text that a pipe or a narrow terminal keeps whole."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                group = getattr(parameter, "rich_help_panel", None) or "Files and help"
+                groups.setdefault(group, []).append((record[0].removesuffix(" <str>"), record[1]))
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"headrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an unexpected error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run a pile of prompts through a language model on the machine you have; lose nothing, repeat nothing.
+
+    Try it: `headrace run prompts.jsonl -o answers.jsonl`. The first run fetches a small model.
+    """
+
+
+def run(input: str, output: str | None, config: Path | None, **flags: object) -> None:
+    """Answer every row of INPUT and write OUTPUT.
+
+    INPUT is an OpenAI Batch file (.jsonl), or a table (.jsonl, .csv, .parquet) with --prompt. - is standard input.
+    OUTPUT keeps the rows' order; its suffix chooses its form: .jsonl, .csv or .parquet. A run that was stopped goes
+    on where it was when the same command is given again.
+
+    \b
+    Examples:
+      headrace run batch.jsonl -o answers.jsonl
+      headrace run reviews.csv --prompt 'Good or bad? {{ text }}' --choice good,bad -o out.csv
+      headrace run notes.parquet --prompt-file ask.txt --json-schema fields.json --expand -o out.parquet
+    """
+    settings = resolve({name: value for name, value in flags.items() if value is not None}, config)
+    target = output or default_output(input)
+    from headrace.job.run import run_job
+
+    run_job(input, target, *settings)
+
+
+def default_output(source: str) -> str:
+    """Where the answers go without -o: NAME.out.jsonl in the current folder for an input NAME.anything."""
+    if source == "-":
+        raise InputError("say where the answers go with -o OUTPUT when the input is standard input")
+    return f"{Path(source).stem}.out.jsonl"
+
+
+def make_parameter(setting: Setting) -> inspect.Parameter:
+    """The command-line parameter of one setting. None means not given: then TOML or the default decides."""
+    flag = f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind == "flag" else setting.flag
+    option = typer.Option(
+        flag,
+        help=f"{setting.meaning} [{setting.default_text}]" if setting.default_text else setting.meaning,
+        metavar=setting.metavar or None,
+        show_default=False,
+        rich_help_panel=setting.group,
+    )
+    kinds: dict[str, Any] = {"flag": bool | None, "list": list[str] | None}
+    hint = Annotated[kinds.get(setting.kind, str | None), option]  # type: ignore[valid-type]
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
+
+
+def add_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command a signature with its own parameters and one for every setting, for typer to read."""
+    source = typer.Argument(metavar="INPUT", help="Rows to answer, or - for standard input.", show_default=False)
+    target = typer.Option("--output", "-o", metavar="OUTPUT", help="Where answers go; NAME.out.jsonl if not given.")
+    config = typer.Option("--config", metavar="FILE.toml", help="Settings from a file; flags given here win over it.")
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter("input", keyword, annotation=Annotated[str, source]),
+        inspect.Parameter("output", keyword, default=None, annotation=Annotated[str | None, target]),
+        inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config]),
+    ]
+    parameters = own + [make_parameter(setting) for setting in all_settings()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+app.command(cls=GroupedCommand)(add_settings(run))
+
+
+@app.command(cls=GroupedCommand)
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `headrace models`.", show_default=False)],
+) -> None:
+    """Fetch a known model, after showing its licence.
+
+    It is kept in the user's cache folder; its SHA-256 is checked.
+
+    \b
+    Example:
+      headrace pull smollm2-135m
+    """
+    from headrace.checkpoint.sources import pull as fetch
+
+    typer.echo(fetch(name))
+
+
+@app.command(cls=GroupedCommand)
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+) -> None:
+    """List the known models and what is here.
+
+    Shows each one's name, size, family, context, format, and whether it has been fetched.
+
+    \b
+    Example:
+      headrace models --json
+    """
+    from headrace.checkpoint.sources import list_models
+
+    rows = [dataclasses.asdict(listing) | {"path": str(listing.path)} for listing in list_models()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = [("name", "size", "family", "context", "format", "here")]
+    for row in rows:
+        size, here = f"{row['bytes'] / 1e6:.0f} MB", "yes" if row["present"] else "no, `headrace pull` fetches it"
+        table.append((row["name"], size, row["family"], str(row["context"]), row["format"], here))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

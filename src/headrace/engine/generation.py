@@ -1,0 +1,93 @@
+"""One continuation while it grows: its text, its stop conditions, its randomness, its log probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter
+from hashlib import blake2b
+
+from headrace.checkpoint import Tokenizer
+from headrace.core import RowError, Sequence
+from headrace.engine.outputs import CompletionOutput, FinishReason, TokenLogprob
+from headrace.engine.structure import Matcher
+
+
+class Generation:
+    """Owns what a sequence has said; the sequence itself only knows token ids.
+
+    Randomness comes from a counter keyed by seed, request id and choice, so that a row draws the same numbers alone,
+    in any batch, after a preemption and after a restart.
+    """
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, seed: int, matcher: Matcher | None) -> None:
+        params = sequence.request.params
+        self.sequence = sequence
+        self.matcher = matcher
+        self.tokenizer = tokenizer
+        self.counts: Counter[int] = Counter()
+        self.output = CompletionOutput(sequence.index, "", [], None if params.logprobs is None else [])
+        self.prompt_logprobs: list[float | None] = [None]
+        self.error: RowError | None = None
+        seed = seed if params.seed is None else params.seed
+        self._key = blake2b(f"{seed}\0{sequence.request.id}\0{sequence.index}".encode(), digest_size=32).digest()
+        self._stream = tokenizer.open_stream(params.skip_special_tokens) if params.stop else None
+        self._longest_stop = max(map(len, params.stop), default=0)
+
+    def draw_uniform(self) -> float:
+        """The next number of this continuation's own random sequence, in [0, 1)."""
+        position = len(self.output.token_ids).to_bytes(8, "little")
+        digest = blake2b(position, key=self._key, digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+    @property
+    def below_minimum(self) -> bool:
+        return len(self.output.token_ids) < self.sequence.request.params.min_tokens
+
+    def append(self, token: int, logprob: TokenLogprob | None, room: int) -> bool:
+        """Take the next token; `room` is how many more the context allows after it. True when this was the last one.
+
+        The end token and stop tokens stay in token_ids, and out of the text. A stop string is cut from the text
+        unless it is asked for.
+        """
+        params = self.sequence.request.params
+        may_stop = len(self.output.token_ids) + 1 >= params.min_tokens
+        self.output.token_ids.append(token)
+        self.sequence.tokens.append(token)
+        self.counts[token] += 1
+        if self.output.logprobs is not None and logprob is not None:
+            self.output.logprobs.append(logprob)
+        complete = self.matcher is not None and self.matcher.consume(token)
+        if token in self.tokenizer.eos_token_ids and not params.ignore_eos:
+            return self._finish("stop", None, drop_last=True)
+        if token in params.stop_token_ids and may_stop:
+            return self._finish("stop", token, drop_last=not params.include_stop_str_in_output)
+        if self._stream is not None:
+            found = self._find_stop(self._stream.push(token))
+            if found is not None and may_stop:
+                return self._cut(*found)
+        if complete:
+            return self._finish("stop", None)
+        if len(self.output.token_ids) >= params.max_tokens or room <= 0:
+            return self._finish("length", None)
+        return False
+
+    def abort(self) -> None:
+        self._finish("abort", None)
+
+    def _find_stop(self, new_text: str) -> tuple[int, str] | None:
+        """Add text; where the first stop string now stands in it, token borders or not. Only the tail is searched."""
+        searched = max(0, len(self.output.text) - self._longest_stop + 1)
+        self.output.text += new_text
+        places = ((self.output.text.find(stop, searched), stop) for stop in self.sequence.request.params.stop)
+        return min((place for place in places if place[0] >= 0), default=None)
+
+    def _cut(self, at: int, stop: str) -> bool:
+        end = at + len(stop) if self.sequence.request.params.include_stop_str_in_output else at
+        self.output.text = self.output.text[:end]
+        self.output.finish_reason, self.output.stop_reason = "stop", stop
+        return True
+
+    def _finish(self, reason: FinishReason, stop_reason: int | None, drop_last: bool = False) -> bool:
+        tokens = self.output.token_ids[:-1] if drop_last else self.output.token_ids
+        self.output.text = self.tokenizer.decode(tokens, self.sequence.request.params.skip_special_tokens)
+        self.output.finish_reason, self.output.stop_reason = reason, stop_reason
+        return True

@@ -1,0 +1,99 @@
+"""Structured output: what a constraint allows next, by llguidance. Knows nothing of batches or sampling."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from numpy.typing import NDArray
+
+from headrace.checkpoint import Tokenizer
+from headrace.core import Constraint, RowError
+
+CACHED_GRAMMARS = 256
+
+
+class ConstraintCompiler:
+    """Makes a matcher for each constrained sequence; a grammar is compiled once and copied after that."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._vocabulary: LLTokenizer | None = None
+        self._prototypes: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+
+    @property
+    def vocabulary(self) -> LLTokenizer:
+        """Built at the first constrained request: it costs about a second for a large vocabulary."""
+        if self._vocabulary is None:
+            text = self.tokenizer.backend.to_str()
+            self._vocabulary = LLTokenizer(
+                text, n_vocab=self.vocab_size, eos_token=sorted(self.tokenizer.eos_token_ids)
+            )
+        return self._vocabulary
+
+    def open_matcher(self, constraint: Constraint) -> Matcher:
+        """A fresh matcher at the start of its grammar. Raises RowError("constraint") for an impossible constraint."""
+        prototype = self._prototypes.get(constraint)
+        if prototype is None:
+            prototype = self._compile(constraint)
+            if len(self._prototypes) >= CACHED_GRAMMARS:
+                self._prototypes.popitem(last=False)
+            self._prototypes[constraint] = prototype
+        self._prototypes.move_to_end(constraint)
+        return Matcher(prototype.deep_copy(), self.vocab_size)
+
+    def _compile(self, constraint: Constraint) -> LLMatcher:
+        try:
+            grammar = grammar_text(constraint)
+            error = LLMatcher.validate_grammar(grammar, self.vocabulary)
+            matcher = LLMatcher(self.vocabulary, grammar, log_level=0, limits=LLParserLimits())
+        except ValueError as cause:
+            raise RowError("constraint", f"the {constraint.kind} constraint cannot be used: {cause}") from cause
+        error = error or matcher.get_error()
+        if error or matcher.is_error():
+            first_line = error.strip().splitlines()[0] if error else "unknown error"
+            raise RowError("constraint", f"the {constraint.kind} constraint cannot be used: {first_line}")
+        return matcher
+
+
+class Matcher:
+    """Where one sequence stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._mask = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+        self._vocab_size = vocab_size
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next: bool [vocabulary]. Raises RowError when the grammar exceeds its limits."""
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        self._raise_error()
+        bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")
+        return bits[: self._vocab_size].astype(np.bool_)
+
+    def consume(self, token: int) -> bool:
+        """Step over the token that was chosen; True when the output is complete and nothing may follow."""
+        self._matcher.consume_token(token)
+        self._raise_error()
+        return bool(self._matcher.is_stopped())
+
+    def _raise_error(self) -> None:
+        if self._matcher.is_error():
+            raise RowError(
+                "constraint", f"the constraint failed while running: {self._matcher.get_error().splitlines()[0]}"
+            )
+
+
+def grammar_text(constraint: Constraint) -> str:
+    """The constraint as an llguidance grammar. Raises ValueError for text that is no schema, regex or list."""
+    if constraint.kind == "json":
+        return str(LLMatcher.grammar_from_json_schema(constraint.value, defaults={"whitespace_flexible": False}))
+    if constraint.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(constraint.value))
+    if constraint.kind == "choice":
+        choices = json.loads(constraint.value)
+        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices)))
+    return str(LLMatcher.grammar_from_lark(constraint.value))

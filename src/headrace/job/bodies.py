@@ -1,0 +1,88 @@
+"""Records as lines of an OpenAI Batch output file. Knows nothing of how a record came to be.
+
+Ids are made from the row's id alone, and nothing that depends on the batch around a row (such as cached tokens) is
+written, so that equal jobs give equal files apart from `created`.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from itertools import accumulate
+from typing import Any
+
+import msgspec
+
+from headrace.job.openai import CHAT
+from headrace.job.records import Choice, Record, Token
+
+
+def make_line(record: Record, model: str, fingerprint: str) -> dict[str, Any]:
+    """One line of the output file, or of the error file where the row failed. `model` answers rows that name none."""
+    answer = record.answer
+    name = hash_id(record.id)
+    if answer.error is not None:
+        error = {"code": answer.error.code, "message": answer.error.message, "line": record.line}
+        return {"id": f"batch_req_{name}", "custom_id": record.id or None, "response": None, "error": error}
+    chat = record.url == CHAT
+    body: dict[str, Any] = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": record.created,
+        "model": record.model or model,
+        "choices": [
+            chat_choice(index, choice) if chat else completion_choice(index, choice, record.prefix)
+            for index, choice in enumerate(answer.choices)
+        ],
+        "usage": {
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.output_tokens,
+            "total_tokens": answer.prompt_tokens + answer.output_tokens,
+        },
+        "system_fingerprint": fingerprint,
+    }
+    if record.warnings:
+        body["warnings"] = record.warnings
+    response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
+    return {"id": f"batch_req_{name}", "custom_id": record.id, "response": response, "error": None}
+
+
+def hash_id(row_id: str) -> str:
+    return blake2b(row_id.encode(), digest_size=12).hexdigest()
+
+
+def chat_choice(index: int, choice: Choice) -> dict[str, Any]:
+    logprobs = None
+    if choice.logprobs is not None:
+        logprobs = {"content": [chat_token(token) for token in choice.logprobs], "refusal": None}
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "logprobs": logprobs,
+        "finish_reason": choice.finish_reason,
+    }
+
+
+def chat_token(token: Token) -> dict[str, Any]:
+    top = [{"token": text, "logprob": value, "bytes": list(text.encode())} for text, value in token.top]
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode()), "top_logprobs": top}
+
+
+def completion_choice(index: int, choice: Choice, prefix: str) -> dict[str, Any]:
+    logprobs = None
+    if choice.logprobs is not None:
+        ends = accumulate((len(token.text) for token in choice.logprobs), initial=len(prefix))
+        logprobs = {
+            "tokens": [token.text for token in choice.logprobs],
+            "token_logprobs": [token.logprob for token in choice.logprobs],
+            "top_logprobs": [dict(token.top) for token in choice.logprobs],
+            "text_offset": list(ends)[:-1],
+        }
+    return {"index": index, "text": prefix + choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def describe_logprobs(choices: list[Choice]) -> str | None:
+    """The log probabilities of a row as JSON text, for the cell of a table."""
+    if all(choice.logprobs is None for choice in choices):
+        return None
+    lists = [[chat_token(token) for token in choice.logprobs or []] for choice in choices]
+    return msgspec.json.encode(lists[0] if len(lists) == 1 else lists).decode()

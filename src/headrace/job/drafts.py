@@ -1,0 +1,97 @@
+"""From a row's prompt to the engine's request: token ids, the room that the context leaves, the key of equal rows."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Protocol
+
+from headrace.checkpoint import Tokenizer
+from headrace.core import InputError, Request, RowError, SamplingParams
+from headrace.job.sources import Row
+from headrace.options import SamplingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A row that is understood but not yet tokens.
+
+    `special` lets the tokenizer add its own special tokens. `own_max_tokens` says that the row itself named
+    max_tokens: then it must fit the context, while the run's default is lowered to fit.
+    """
+
+    row: int
+    line: int
+    id: str
+    prompt: str | tuple[int, ...]
+    params: SamplingParams
+    special: bool = True
+    own_max_tokens: bool = False
+    url: str = ""
+    model: str | None = None
+    warnings: tuple[str, ...] = ()
+    echo: bool = False
+
+
+class Drafter(Protocol):
+    """Understands the rows of one kind of input."""
+
+    def name(self, row: Row) -> str:
+        """The row's id; its number from 1 where it has none. Raises RowError for an id that cannot be one."""
+        ...
+
+    def draft(self, row: Row, row_id: str) -> Draft:
+        """Raises RowError for a row that cannot be answered."""
+        ...
+
+
+def encode_drafts(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Token ids of each draft's prompt, in the drafts' order; texts go through the tokenizer many at a time."""
+    ids: list[tuple[int, ...]] = [() if isinstance(each.prompt, str) else each.prompt for each in drafts]
+    for special in (True, False):
+        places = [at for at, each in enumerate(drafts) if isinstance(each.prompt, str) and each.special is special]
+        texts = [str(drafts[place].prompt) for place in places]
+        if texts:
+            for place, tokens in zip(places, tokenizer.encode_batch(texts, special=special), strict=True):
+                ids[place] = tuple(tokens)
+    return ids
+
+
+def make_request(draft: Draft, tokens: tuple[int, ...], context_length: int) -> Request:
+    """The engine's request. Raises RowError("context_length") where prompt and output cannot fit the context."""
+    room, params = context_length - len(tokens), draft.params
+    if room < 1:
+        raise RowError(
+            "context_length",
+            f"the prompt has {len(tokens)} tokens; the context holds {context_length}, one of them for the output",
+        )
+    if params.max_tokens > room:
+        if draft.own_max_tokens:
+            raise RowError(
+                "context_length",
+                f"the prompt's {len(tokens)} tokens and max_tokens of {params.max_tokens} are more than "
+                f"the context's {context_length}",
+            )
+        params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+    return Request(draft.id, tokens, params)
+
+
+def share_key(request: Request) -> bytes | None:
+    """Equal for rows whose answers must be equal: same tokens, same parameters, greedy. None for random rows."""
+    params = request.params
+    if not params.greedy:
+        return None
+    # Greedy rows draw no random number, so the seed is left out.
+    settings = repr(replace(params, seed=None) if params.seed is not None else params)
+    tokens = array("q", request.prompt_token_ids).tobytes()
+    return blake2b(settings.encode() + b"\0" + tokens, digest_size=16).digest()
+
+
+def default_params(sampling: SamplingOptions) -> SamplingParams:
+    """The run's sampling settings as parameters. Raises InputError for a value out of range."""
+    try:
+        return SamplingParams(**vars(sampling))
+    except ValueError as error:
+        raise InputError(str(error)) from None

@@ -1,0 +1,162 @@
+"""Keep the engine supplied: read rows, make requests, share answers between equal rows, turn answers into records.
+
+Memory stays flat however long the input is: a call reads a bounded number of rows, and reading
+pauses while enough wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+
+from headrace.checkpoint import Tokenizer
+from headrace.core import Request, RowError
+from headrace.engine.engine import Engine
+from headrace.engine.outputs import RequestOutput
+from headrace.job.drafts import Draft, Drafter, encode_drafts, make_request, share_key
+from headrace.job.journal import Finished, Journal
+from headrace.job.records import Answer, Record, failed, make_answer, now
+from headrace.job.sources import Row
+
+ROWS_A_CALL = 256
+MOST_PENDING = 8192
+MOST_PENDING_TOKENS = 1_000_000
+
+
+class Pending:
+    """A request in the engine, and the rows that it will answer: its own first, then equal ones."""
+
+    def __init__(self, request: Request, draft: Draft, shortened: bool, key: bytes | None) -> None:
+        self.request = request
+        self.key = key
+        self.rows = [(draft, shortened)]
+
+
+class Feed:
+    """Rows on their way through the engine. Rows that need no engine come back from `top_up` at once."""
+
+    def __init__(
+        self, rows: Iterator[Row], drafter: Drafter, engine: Engine, tokenizer: Tokenizer, journal: Journal
+    ) -> None:
+        self.drafter = drafter
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.journal = journal
+        self.exhausted = False
+        self.shared = 0
+        self._rows = rows
+        self._pending: dict[str, Pending] = {}
+        self._by_key: dict[bytes, Pending] = {}
+        self._held = 0
+        self._tokens = 0
+        self._decode = lru_cache(maxsize=65536)(lambda token: tokenizer.decode([token], skip_special_tokens=False))
+
+    @property
+    def complete(self) -> bool:
+        return self.exhausted and not self._pending
+
+    def top_up(self, wanted: int) -> list[Finished]:
+        """Read on until `wanted` continuations wait in the engine; the rows that were finished on the way."""
+        finished: list[Finished] = []
+        while self._has_room(wanted) and len(finished) < ROWS_A_CALL:
+            rows = list(islice(self._rows, ROWS_A_CALL))
+            if not rows:
+                self.exhausted = True
+                break
+            done = self.journal.finished_between(rows[0].index, rows[-1].index)
+            self._take([row for row in rows if row.index not in done], finished)
+        return finished
+
+    def collect(self, outputs: list[RequestOutput]) -> list[Finished]:
+        """The rows that these answers finish."""
+        finished = []
+        for output in outputs:
+            pending = self._pending.pop(output.request_id)
+            if pending.key is not None:
+                del self._by_key[pending.key]
+            self._tokens -= len(pending.request.prompt_token_ids) * len(pending.rows)
+            self._held -= len(pending.rows)
+            self.shared += len(pending.rows) - 1
+            answer = make_answer(output, self._decode)
+            for draft, shortened in pending.rows:
+                finished.append(self._finish(draft, answer, shortened, pending.key))
+        return finished
+
+    def _has_room(self, wanted: int) -> bool:
+        if self.exhausted or self._held >= MOST_PENDING:
+            return False
+        return self.engine.waiting < wanted and (self._tokens < MOST_PENDING_TOKENS or self.engine.waiting == 0)
+
+    def _take(self, rows: list[Row], finished: list[Finished]) -> None:
+        drafts = []
+        for row in rows:
+            name = ""
+            try:
+                name = self._name(row)
+                drafts.append(self.drafter.draft(row, name))
+            except RowError as error:
+                finished.append(Finished(row.index, Record(name or guess_id(row), row.line, failed(error), now())))
+        for draft, tokens in zip(drafts, encode_drafts(drafts, self.tokenizer), strict=True):
+            try:
+                self._admit(draft, tokens, finished)
+            except RowError as error:
+                finished.append(self._finish(draft, failed(error, len(tokens)), False, None))
+
+    def _name(self, row: Row) -> str:
+        if row.error is not None:
+            raise row.error
+        name = self.drafter.name(row)
+        owner = self.journal.claim_id(name, row.index)
+        if owner != row.index:
+            raise RowError("duplicate_id", f"id {name!r:.80} is that of row {owner + 1} already")
+        return name
+
+    def _admit(self, draft: Draft, tokens: tuple[int, ...], finished: list[Finished]) -> None:
+        """Into the engine, or to an equal row that is in it, or straight to the answer of one that is finished."""
+        request = make_request(draft, tokens, self.engine.context_length)
+        shortened = request.params.max_tokens < draft.params.max_tokens
+        key = share_key(request)
+        if key is not None:
+            twin = self._by_key.get(key)
+            if twin is not None:
+                twin.rows.append((draft, shortened))
+                self._hold(tokens)
+                return
+            known = self.journal.find_answer(key)
+            if known is not None:
+                self.shared += 1
+                finished.append(self._finish(draft, known, shortened, None))
+                return
+        self.engine.add(request)
+        pending = self._pending[request.id] = Pending(request, draft, shortened, key)
+        if key is not None:
+            self._by_key[key] = pending
+        self._hold(tokens)
+
+    def _hold(self, tokens: tuple[int, ...]) -> None:
+        self._held += 1
+        self._tokens += len(tokens)
+
+    def _finish(self, draft: Draft, answer: Answer, shortened: bool, key: bytes | None) -> Finished:
+        prefix = ""
+        if draft.echo and answer.error is None:
+            prefix = draft.prompt if isinstance(draft.prompt, str) else self.tokenizer.decode(list(draft.prompt))
+        record = Record(
+            id=draft.id,
+            line=draft.line,
+            answer=answer,
+            created=now(),
+            url=draft.url,
+            model=draft.model,
+            warnings=list(draft.warnings),
+            prefix=prefix,
+            shortened=shortened,
+        )
+        return Finished(draft.row, record, key if answer.error is None else None)
+
+
+def guess_id(row: Row) -> str:
+    """The custom_id of a row that is wrong otherwise, so that its error can be matched; else nothing."""
+    name = (row.value or {}).get("custom_id")
+    return name if isinstance(name, str) else ""

@@ -1,0 +1,228 @@
+"""From the command's words to a job that can begin: flags, input, journal, all checked before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.checkpoint import Checkpoint, Tokenizer, open_checkpoint
+from headrace.core import Constraint, InputError, RowError, SamplingParams
+from headrace.engine.loading import choose_precision
+from headrace.job.drafts import Drafter, default_params
+from headrace.job.journal import Journal, open_journal
+from headrace.job.openai import BatchDrafter
+from headrace.job.results import ResultFormat
+from headrace.job.sources import Source, find_kind, hash_file, looks_like_batch, open_source, sniff_kind
+from headrace.job.table import TableDrafter, compile_template, constrain, fill_template, read_constraint, read_template
+from headrace.kernels import choose_kernels
+from headrace.meter.report import list_versions
+from headrace.options import EngineOptions, RunOptions, SamplingOptions
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What the user wants, with every flag read and checked. `max_errors` is a count, or a share as a fraction."""
+
+    source: str
+    output: Path
+    engine: EngineOptions
+    sampling: SamplingOptions
+    run: RunOptions
+    template: str | None
+    constraint: Constraint | None
+    params: SamplingParams
+    max_errors: int | float | None
+
+    def settings(self) -> dict[str, Any]:
+        files = {"input": self.source, "output": str(self.output)}
+        return {**files, **asdict(self.engine), **asdict(self.sampling), **asdict(self.run)}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job that can begin: its rows, its journal and where its results go."""
+
+    ask: Ask
+    source: Source
+    batch: bool
+    journal: Journal
+    form: ResultFormat
+    rows: int
+    model_hash: str
+
+    @property
+    def most_errors(self) -> int | None:
+        """How many failed rows stop the job."""
+        limit = self.ask.max_errors
+        return max(1, math.ceil(limit * self.rows)) if isinstance(limit, float) else limit
+
+    def make_drafter(self, tokenizer: Tokenizer) -> Drafter:
+        if self.ask.template is None:
+            return BatchDrafter(tokenizer, self.ask.params, self.ask.run.unknown_fields)
+        return TableDrafter(tokenizer, self.ask.template, self.ask.run, self.ask.params)
+
+
+def read_ask(source: str, output: str, engine: EngineOptions, sampling: SamplingOptions, run: RunOptions) -> Ask:
+    """Check everything that can be checked without opening the input. Raises InputError."""
+    path, template, constraint = Path(output), read_template(run), read_constraint(run)
+    if template is not None:
+        compile_template(template)
+    params = constrain(default_params(sampling), constraint)
+    if source != STDIN:
+        check_input(Path(source), path)
+        find_kind(Path(source))
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file for the output")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} does not exist: make the folder for the output first")
+    # Refuses a suffix that names no kind of output.
+    ResultFormat(path, batch=True, model="", fingerprint="")
+    return Ask(source, path, engine, sampling, run, template, constraint, params, read_max_errors(run.max_errors))
+
+
+def check_input(path: Path, output: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file of rows")
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if not path.is_file():
+        raise InputError(f"{path} is not a plain file: pipe it in and give - as the input")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} cannot be read: permission denied")
+    if output.exists() and path.samefile(output):
+        raise InputError(f"{path} is both input and output: choose another output")
+
+
+def read_max_errors(text: str | None) -> int | float | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)\s*%", text.strip())
+    if match and match[1] and int(match[1]) > 0:
+        return int(match[1])
+    if match and match[2] and 0 < float(match[2]) <= 100:
+        return float(match[2]) / 100
+    raise InputError(f"max_errors must be a number of rows of at least 1, or a share such as 5%, got {text!r}")
+
+
+def open_job(ask: Ask) -> Job:
+    """Open input and journal. Raises InputError where the input or the journal is not this job's."""
+    path = spool_input(ask) if ask.source == STDIN else Path(ask.source)
+    if path.stat().st_size == 0:
+        raise InputError(f"{path if ask.source != STDIN else 'standard input'} is empty: there is no row to answer")
+    source = open_source(path, sniff_kind(path) if ask.source == STDIN else find_kind(path))
+    batch = ask.template is None and source.columns is None and looks_like_batch(source)
+    check_fit(ask, source, batch)
+    rows = source.count()
+    if rows == 0:
+        raise InputError(f"{ask.source} holds no rows: there is nothing to answer")
+    checkpoint = open_checkpoint(ask.engine.model)
+    fingerprint = make_fingerprint(ask, hash_file(path), checkpoint)
+    schema = json.loads(ask.constraint.value) if ask.run.expand and ask.constraint else None
+    form = ResultFormat(ask.output, batch, checkpoint.path.stem, name_system(fingerprint), schema)
+    place = Path(f"{ask.output}.journal")
+    for taken in (ask.output, form.errors) if batch else (ask.output,):
+        if taken.exists() and not place.exists() and not ask.run.fresh:
+            raise InputError(f"{taken} exists and has no journal: move it away, choose another output or give --fresh")
+    journal = open_journal(place, fingerprint, ask.run.fresh)
+    return Job(ask, source, batch, journal, form, rows, fingerprint["model"])
+
+
+def spool_input(ask: Ask) -> Path:
+    """Keep standard input beside the output, for it is read twice. Empty input goes on with what was kept before."""
+    spool, part = Path(f"{ask.output}.input"), Path(f"{ask.output}.input.part")
+    with part.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+        file.flush()
+        os.fsync(file.fileno())
+    if spool.exists() and not ask.run.fresh:
+        same = part.stat().st_size == 0 or hash_file(part) == hash_file(spool)
+        part.unlink()
+        if not same:
+            raise InputError(
+                f"standard input is not what {spool} has kept of the run before: "
+                "give the same rows to go on, another output, or --fresh to start anew"
+            )
+        return spool
+    part.replace(spool)
+    return spool
+
+
+def check_fit(ask: Ask, source: Source, batch: bool) -> None:
+    """Raise InputError where flags and input do not go together."""
+    run = ask.run
+    if ask.template is None and not batch:
+        raise InputError(
+            f"{source.path} is a table: say what to ask with --prompt 'Classify: {{{{ text }}}}' "
+            "(an OpenAI Batch file has custom_id, method, url and body in each row)"
+        )
+    if batch:
+        table_only = {"--system": run.system is not None, "--id-column": run.id_column is not None}
+        table_only |= {"--no-chat": not run.chat, "--expand": run.expand}
+        for flag, given in table_only.items():
+            if given:
+                raise InputError(f"{flag} is for tables; {source.path} is an OpenAI Batch file")
+    if run.id_column is not None and source.columns is not None and run.id_column not in source.columns:
+        raise InputError(f"{source.path} has no column {run.id_column!r}; it has {', '.join(source.columns)}")
+    if ask.template is not None and source.columns is not None:
+        first = next((row.value for row in source.rows() if row.value is not None), None)
+        try:
+            if first is not None:
+                fill_template(compile_template(ask.template), first)
+        except RowError as error:
+            # In a file whose columns are named once, what the first row lacks every row lacks.
+            if error.code == "missing_column":
+                raise InputError(f"{source.path}: {error}") from None
+
+
+def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Every setting that can change a result, by name. Threads, memory and schedule cannot, and are left out.
+
+    Raises InputError where the precision or the kernels asked for cannot be had.
+    """
+    tokenizer = checkpoint.tokenizer()
+    vocabulary = f"{tokenizer.backend.to_str()}\0{tokenizer.chat_template}\0{sorted(tokenizer.eos_token_ids)}"
+    engine, run = ask.engine, ask.run
+    facts = {
+        "input": input_hash,
+        "model": checkpoint.hash(),
+        "model configuration": digest(checkpoint.config),
+        "tokenizer": digest(vocabulary),
+        "precision": choose_precision(engine),
+        "kernels": choose_kernels(engine.kernels, engine.device).name,
+        "device": engine.device,
+        "seed": engine.seed,
+        "max_context": engine.max_context,
+        **asdict(ask.sampling),
+        "prompt": ask.template,
+        "system": run.system,
+        "chat": run.chat,
+        "id_column": run.id_column,
+        "constraint": None if ask.constraint is None else asdict(ask.constraint),
+        "unknown_fields": run.unknown_fields,
+        **{f"version of {name}": number for name, number in list_versions().items() if name != "python"},
+    }
+    # As JSON gives it back, so that it can be compared with what the journal kept.
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(facts))
+    return plain
+
+
+def digest(value: Any) -> str:
+    return blake2b(msgspec.json.encode(value, order="deterministic"), digest_size=16).hexdigest()
+
+
+def name_system(fingerprint: dict[str, Any]) -> str:
+    """OpenAI's system_fingerprint: equal where model, arithmetic and version are."""
+    parts = [fingerprint.get(name) for name in ("model", "precision", "kernels", "device", "version of headrace")]
+    return f"fp_{digest(parts)[:12]}"

@@ -1,0 +1,231 @@
+"""Rows of an OpenAI Batch file into prompts and parameters. Knows nothing of files, engines or answers.
+
+Each field is known (it is used, or it cannot change the output) or it is refused: the default is an error for the row.
+A field that is null counts as absent, as in OpenAI's API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from headrace.checkpoint import Tokenizer
+from headrace.core import RowError, SamplingParams
+from headrace.job.drafts import Draft
+from headrace.job.fields import Fields, read_structure
+from headrace.job.sources import Row
+from headrace.job.table import render_chat
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+LINE_FIELDS = ("custom_id", "method", "url", "body")
+MOST_TOKENS = 2**31
+ROLES = {"developer": "system"}
+Unknown = Literal["error", "warn", "ignore"]
+
+# They cannot change what is answered, so taking them as read drops nothing.
+NO_EFFECT = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options", "stream_options", "priority", "cache_salt", "request_id",
+)  # fmt: skip
+# Known fields whose other values Headrace cannot do, with the values that ask for nothing.
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "detokenize": (True,),
+    "suffix": ("",),
+}
+NUMBERS = (
+    "n", "temperature", "top_p", "top_k", "min_p", "min_tokens", "presence_penalty", "frequency_penalty",
+    "repetition_penalty",
+)  # fmt: skip
+SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
+
+
+class BatchDrafter:
+    """Understands /v1/chat/completions and /v1/completions; `defaults` fill what a body does not say."""
+
+    def __init__(self, tokenizer: Tokenizer, defaults: SamplingParams, unknown: Unknown) -> None:
+        self.tokenizer = tokenizer
+        self.defaults = defaults
+        self.unknown = unknown
+
+    def name(self, row: Row) -> str:
+        value = row.value or {}
+        if "custom_id" not in value:
+            raise RowError("missing_field", "the row has no custom_id")
+        name = value["custom_id"]
+        if not isinstance(name, str) or not name:
+            raise RowError("invalid_value", "custom_id must be a text that is not empty")
+        return name
+
+    def draft(self, row: Row, row_id: str) -> Draft:
+        record = row.value or {}
+        for name in LINE_FIELDS[1:]:
+            if name not in record:
+                raise RowError("missing_field", f"the row has no {name}")
+        if record["method"] != "POST":
+            raise RowError("invalid_value", f"method must be POST, got {record['method']!r:.40}")
+        if record["url"] not in (CHAT, COMPLETIONS):
+            raise RowError("unknown_url", f"url must be {CHAT} or {COMPLETIONS}, got {record['url']!r:.80}")
+        if not isinstance(record["body"], dict):
+            raise RowError("invalid_value", "body must be an object")
+        fields = Fields(record["body"], "body.")
+        model = fields.text("model")
+        read = self._chat if record["url"] == CHAT else self._completion
+        draft = read(fields, Draft(row.index, row.line, row_id, "", self.defaults, url=record["url"], model=model))
+        unknown = fields.left() + [name for name in record if name not in LINE_FIELDS]
+        return replace(draft, warnings=self._judge(unknown))
+
+    def _judge(self, unknown: list[str]) -> tuple[str, ...]:
+        if unknown and self.unknown == "error":
+            names = ", ".join(unknown)
+            message = f"{names}: not supported; take it out, or choose --unknown-fields warn or ignore"
+            raise RowError("unknown_field", message)
+        return tuple(f"{name}: not supported, ignored" for name in unknown) if self.unknown == "warn" else ()
+
+    def _chat(self, fields: Fields, draft: Draft) -> Draft:
+        messages = read_messages(fields)
+        wanted = fields.switch("logprobs")
+        top = fields.whole("top_logprobs", 0, 20)
+        if top is not None and not wanted:
+            raise RowError("invalid_value", "body.top_logprobs needs body.logprobs to be true")
+        params, own = self._params(fields, (top or 0) if wanted else None)
+        settings = fields.mapping("chat_template_kwargs") or {}
+        unfinished = fields.switch("continue_final_message") or False
+        generation = fields.switch("add_generation_prompt")
+        generation = not unfinished if generation is None else generation
+        if unfinished and generation:
+            raise RowError("invalid_value", "body.continue_final_message excludes add_generation_prompt")
+        fields.ignore("echo", (False,))
+        text = render_chat(self.tokenizer, messages, **{**settings, "add_generation_prompt": generation})
+        if unfinished:
+            text = cut_after_last(text, messages)
+        special = fields.switch("add_special_tokens") or False
+        return replace(draft, prompt=text, params=params, special=special, own_max_tokens=own)
+
+    def _completion(self, fields: Fields, draft: Draft) -> Draft:
+        prompt = read_prompt(fields.take("prompt"))
+        params, own = self._params(fields, fields.whole("logprobs", 0, 20))
+        echo = fields.switch("echo") or False
+        if echo and params.logprobs is not None:
+            raise RowError("invalid_value", "body.echo together with logprobs is not supported")
+        special = fields.switch("add_special_tokens")
+        special = True if special is None else special
+        return replace(draft, prompt=prompt, params=params, own_max_tokens=own, echo=echo, special=special)
+
+    def _params(self, fields: Fields, logprobs: int | None) -> tuple[SamplingParams, bool]:
+        """The body's sampling parameters over the run's, and whether the body named max_tokens."""
+        given: dict[str, Any] = {name: fields.number(name) for name in NUMBERS}
+        given |= {name: fields.switch(name) for name in SWITCHES}
+        given["seed"] = fields.whole("seed")
+        given["stop"] = fields.texts("stop")
+        given["stop_token_ids"] = fields.token_ids("stop_token_ids")
+        given["logit_bias"] = read_bias(fields.mapping("logit_bias"))
+        newer, older = fields.whole("max_completion_tokens"), fields.whole("max_tokens")
+        if newer is not None and older is not None and newer != older:
+            raise RowError("invalid_value", "body.max_tokens and body.max_completion_tokens differ: give one")
+        given["max_tokens"] = newer if newer is not None else older
+        given["constraint"] = read_structure(fields)
+        given["logprobs"] = logprobs
+        used = {name: value for name, value in given.items() if value is not None}
+        fields.ignore("best_of", (1, used.get("n", self.defaults.n)))
+        if not fields.has("tools"):
+            fields.ignore("parallel_tool_calls", (True, False))
+        for name, harmless in HARMLESS.items():
+            fields.ignore(name, harmless)
+        for name in NO_EFFECT:
+            fields.take(name)
+        if not used:
+            return self.defaults, False
+        try:
+            return replace(self.defaults, **used), "max_tokens" in used
+        except ValueError as error:
+            raise RowError("invalid_value", f"body.{error}") from None
+
+
+def read_messages(fields: Fields) -> list[dict[str, Any]]:
+    messages = fields.take("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RowError("missing_field", "body.messages must be a list of at least one message")
+    read = []
+    for place, message in enumerate(messages):
+        path = f"body.messages[{place}]"
+        if not isinstance(message, dict):
+            raise RowError("invalid_value", f"{path} must be an object")
+        inner = Fields(message, f"{path}.", parent=fields)
+        role = inner.text("role")
+        if role is None:
+            raise RowError("missing_field", f"{path} has no role")
+        content = read_content(inner.take("content"), path)
+        name = inner.text("name")
+        read.append({"role": ROLES.get(role, role), "content": content} | ({"name": name} if name else {}))
+        inner.ignore("tool_calls", ([],))
+        inner.report()
+    return read
+
+
+def read_content(content: Any, path: str) -> str:
+    """A message's text; its parts, where it has several, are joined by line ends."""
+    if isinstance(content, str):
+        return content
+    if content is None:
+        raise RowError("missing_field", f"{path} has no content")
+    if not isinstance(content, list) or not content:
+        raise RowError("invalid_value", f"{path}.content must be a text or a list of text parts")
+    texts = []
+    for place, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RowError("unsupported_content", f"{path}.content[{place}] is not a text part; only text is read")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def read_prompt(prompt: Any) -> str | tuple[int, ...]:
+    if prompt is None:
+        raise RowError("missing_field", "body.prompt is missing")
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        if not all(0 <= token < MOST_TOKENS for token in prompt):
+            raise RowError("token_range", "body.prompt holds a token id that no model has")
+        return tuple(prompt)
+    if isinstance(prompt, list) and prompt and all(isinstance(each, str | list) for each in prompt):
+        raise RowError("several_prompts", f"body.prompt holds {len(prompt)} prompts; give each a row of its own")
+    if not isinstance(prompt, str):
+        raise RowError("invalid_value", "body.prompt must be a text or a list of token ids")
+    if not prompt:
+        raise RowError("empty_prompt", "body.prompt is empty")
+    return prompt
+
+
+def read_bias(biases: Mapping[str, Any] | None) -> dict[int, float] | None:
+    if biases is None:
+        return None
+    read = {}
+    for token, bias in biases.items():
+        if not token.isdecimal() or isinstance(bias, bool) or not isinstance(bias, int | float):
+            wrong = f"{token!r:.40}: {bias!r:.40}"
+            raise RowError("invalid_value", f"body.logit_bias must map token ids to numbers, got {wrong}")
+        read[int(token)] = bias
+    return read
+
+
+def cut_after_last(text: str, messages: list[dict[str, Any]]) -> str:
+    """The rendered conversation up to the end of its last message, which the model is to continue."""
+    last = str(messages[-1]["content"]).strip()
+    place = text.rfind(last)
+    if not last or place < 0:
+        raise RowError("chat_template", "the chat template changes the last message, so it cannot be continued")
+    return text[: place + len(last)]

@@ -1,0 +1,145 @@
+"""Say how a job goes on: a live line on a terminal, a plain line every few seconds elsewhere, or JSON lines.
+
+Progress and messages go to stderr, the report to stdout; with `json` all goes to stdout, one object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from headrace.meter.counters import Counters
+from headrace.meter.report import format_bytes, format_report, format_seconds
+
+PLAIN_SECONDS, LIVE_SECONDS = 5.0, 0.25
+
+
+@dataclass(slots=True)
+class State:
+    """How far a job is. Rows and errors are of the whole job, tokens and seconds of this run."""
+
+    rows_total: int
+    rows_done: int
+    errors: int
+    rows_before: int
+    finished_tokens: int = 0
+
+
+class Progress:
+    """Shows the state of one job; a context manager. Prints nothing with `quiet`."""
+
+    def __init__(self, state: State, quiet: bool, as_json: bool) -> None:
+        self.state = state
+        self._quiet = quiet
+        self._json = as_json
+        self._console = Console(stderr=True)
+        live = self._console.is_terminal and not quiet and not as_json
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if live else None
+        self._began = time.monotonic()
+        self._shown = self._began
+        self._said: set[str] = set()
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def restart_clock(self) -> None:
+        """Begin to count time: the model is loaded."""
+        self._began = self._shown = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def say(self, message: str) -> None:
+        """A message to the user, once however often it is said."""
+        if message in self._said or len(self._said) > 100:
+            return
+        self._said.add(message)
+        if self._json:
+            print_json({"event": "message", "message": message})
+        elif not self._quiet:
+            self._console.print(Text(f"headrace: {message}"))
+
+    def update(self, counters: Counters, last: bool = False) -> None:
+        """Show the state if it is time to."""
+        now = time.monotonic()
+        wait = LIVE_SECONDS if self._live is not None else PLAIN_SECONDS
+        if (now - self._shown < wait and not last) or (self._quiet and not self._json):
+            return
+        self._shown = now
+        facts = measure(self.state, counters, now - self._began)
+        if self._json:
+            print_json({"event": "progress", **facts})
+        elif self._live is not None:
+            self._live.update(Text(format_progress(facts)), refresh=True)
+        else:
+            print(format_progress(facts), file=sys.stderr, flush=True)
+
+    def show_report(self, report: Mapping[str, Any]) -> None:
+        if self._json:
+            print_json({"event": "report", **report})
+        elif not self._quiet:
+            print(format_report(report), flush=True)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def measure(state: State, counters: Counters, seconds: float) -> dict[str, Any]:
+    """What a progress line says. `eta_s` weighs rows by their tokens; None until a row has been finished."""
+    elapsed = max(seconds, 1e-9)
+    tokens = counters.prompt_tokens + counters.output_tokens
+    return {
+        **{name: value for name, value in asdict(state).items() if name != "finished_tokens"},
+        "prompt_tokens_per_s": round(counters.prompt_tokens / elapsed, 1),
+        "output_tokens_per_s": round(counters.output_tokens / elapsed, 1),
+        "cached_share": round(counters.cached_prompt_tokens / max(1, counters.prompt_tokens), 4),
+        "kv_used_bytes": counters.kv_used_bytes,
+        "kv_budget_bytes": counters.kv_budget_bytes,
+        "elapsed_s": round(seconds, 1),
+        "eta_s": estimate_rest(state, tokens, seconds),
+    }
+
+
+def estimate_rest(state: State, tokens: int, seconds: float) -> float | None:
+    """Seconds to go: the tokens that the rest will take, at the speed until now.
+
+    A row that is not done is taken to be as long as the mean of those that are; what the rows at work have of
+    theirs already counts as done.
+    """
+    done = state.rows_done - state.rows_before
+    if done < 1:
+        return None
+    left = state.rows_total - state.rows_done
+    mean = state.finished_tokens / done
+    if mean == 0 or tokens == 0:
+        return round(seconds / done * left, 1)
+    to_come = max(mean * left - max(0, tokens - state.finished_tokens), 0.0)
+    return round(to_come / tokens * seconds, 1)
+
+
+def format_progress(facts: Mapping[str, Any]) -> str:
+    share = facts["rows_done"] / max(1, facts["rows_total"])
+    eta = "?" if facts["eta_s"] is None else format_seconds(facts["eta_s"])
+    memory = f"{format_bytes(facts['kv_used_bytes'])} of {format_bytes(facts['kv_budget_bytes'])}"
+    return (
+        f"{facts['rows_done']:,}/{facts['rows_total']:,} rows ({share:.0%}), {facts['errors']:,} errors | "
+        f"{facts['prompt_tokens_per_s']:,.0f} prompt + {facts['output_tokens_per_s']:,.0f} output tokens/s | "
+        f"{facts['cached_share']:.0%} of prompts cached | KV {memory} | "
+        f"{format_seconds(facts['elapsed_s'])}, {eta} to go"
+    )

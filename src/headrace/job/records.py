@@ -1,0 +1,111 @@
+"""What the journal keeps of a row, and how an engine's answer becomes it. Knows no file and no output format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import IntFlag
+
+import msgspec
+
+from headrace.core import RowError
+from headrace.engine.outputs import CompletionOutput, RequestOutput
+
+Decode = Callable[[int], str]
+
+
+class Token(msgspec.Struct, array_like=True, frozen=True):
+    """One output token with its log probability and the likeliest alternatives, best first."""
+
+    text: str
+    logprob: float
+    top: list[tuple[str, float]] = []
+
+
+class Choice(msgspec.Struct, array_like=True, frozen=True):
+    """One continuation of a row."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+    stop_reason: str | int | None = None
+    logprobs: list[Token] | None = None
+
+
+class Failure(msgspec.Struct, array_like=True, frozen=True):
+    """Why a row has no answer."""
+
+    code: str
+    message: str
+
+
+class Answer(msgspec.Struct, array_like=True, frozen=True):
+    """The part of a record that identical rows share."""
+
+    prompt_tokens: int = 0
+    choices: list[Choice] = []
+    error: Failure | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(choice.tokens for choice in self.choices)
+
+
+class Record(msgspec.Struct, array_like=True, frozen=True):
+    """One finished row. `line` is from 1; `url` and `model` are an OpenAI Batch row's own; `prefix` is echoed text."""
+
+    id: str
+    line: int
+    answer: Answer
+    created: int = 0
+    url: str = ""
+    model: str | None = None
+    warnings: list[str] = []
+    prefix: str = ""
+    shortened: bool = False
+
+
+class Traits(IntFlag):
+    """What a record holds beyond a plain answer, so that writers know their columns without reading every record."""
+
+    LOGPROBS = 1
+    WARNINGS = 2
+    CHOICES = 4
+    SHORTENED = 8
+
+
+def find_traits(record: Record) -> Traits:
+    traits = Traits(0)
+    if any(choice.logprobs is not None for choice in record.answer.choices):
+        traits |= Traits.LOGPROBS
+    if record.warnings:
+        traits |= Traits.WARNINGS
+    if len(record.answer.choices) > 1:
+        traits |= Traits.CHOICES
+    return traits | (Traits.SHORTENED if record.shortened else Traits(0))
+
+
+def failed(error: RowError, prompt_tokens: int = 0) -> Answer:
+    return Answer(prompt_tokens, [], Failure(error.code, str(error)))
+
+
+def make_answer(output: RequestOutput, decode: Decode) -> Answer:
+    """The engine's answer with token ids turned into text, for the tokenizer is not there when files are written."""
+    if output.error is not None:
+        return failed(output.error, len(output.prompt_token_ids))
+    choices = [make_choice(each, decode) for each in output.outputs]
+    return Answer(len(output.prompt_token_ids), choices)
+
+
+def make_choice(output: CompletionOutput, decode: Decode) -> Choice:
+    logprobs = None
+    if output.logprobs is not None:
+        logprobs = [
+            Token(decode(each.token_id), each.logprob, [(decode(token), value) for token, value in each.top])
+            for each in output.logprobs
+        ]
+    return Choice(output.text, output.finish_reason or "abort", len(output.token_ids), output.stop_reason, logprobs)
+
+
+def now() -> int:
+    return int(time.time())

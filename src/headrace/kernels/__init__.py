@@ -1,0 +1,42 @@
+"""Arithmetic primitives behind one small interface, and the choice between their implementations."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+from headrace.core import InputError
+from headrace.kernels.base import Activation, AttentionSpec, Kernels, PackedWeight, RaggedBatch
+from headrace.kernels.reference import ReferenceKernels
+
+__all__ = ["Activation", "AttentionSpec", "Kernels", "PackedWeight", "RaggedBatch", "choose_kernels"]
+
+log = logging.getLogger("headrace")
+
+
+def choose_kernels(name: str, device: str) -> Kernels:
+    """Kernels by name: cpu, reference, or auto, the fastest that this machine has.
+
+    Raises InputError for what cannot be had here. auto without the C++ extension says so once and is plain torch.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for and torch finds no GPU; use device cpu")
+    if name == "reference" or (name == "auto" and device != "cpu"):
+        return ReferenceKernels()
+    if device != "cpu":
+        raise InputError(f"kernels {name} run on device cpu only; use kernels auto on {device}")
+    try:
+        from headrace.kernels.cpu import CpuKernels
+    except ImportError as error:
+        if name == "cpu":
+            raise InputError(f"the C++ extension cannot be loaded ({error}): install headrace again") from error
+        warn_once(f"the C++ extension cannot be loaded ({error}): plain torch does the arithmetic, slowly")
+        return ReferenceKernels()
+    return CpuKernels()
+
+
+@cache
+def warn_once(message: str) -> None:
+    log.warning(message)

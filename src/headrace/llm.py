@@ -1,0 +1,231 @@
+"""LLM: a model in memory and the calls that use it: generate, chat, stream, score."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from headrace.core import InputError, Request, RowError, SamplingParams
+from headrace.engine.loading import load_engine
+from headrace.engine.outputs import RequestOutput
+from headrace.meter.report import describe_run
+from headrace.options import DEFAULT_MODEL, EngineOptions
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """Log probabilities of a text's tokens (natural logarithm; the first token has none) and exp(-their mean)."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float | None]
+    perplexity: float
+
+
+class LLM:
+    """A language model, ready to answer piles of prompts.
+
+    Keywords are the fields of EngineOptions. Use it as a context manager, or call `close`, to free its memory.
+    Raises ValueError for a wrong argument, ModelError or InputError for a model or a setting that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        precision: str = "auto",
+        kv_cache_bytes: int | None = None,
+        threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        known = {field.name for field in fields(EngineOptions)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise InputError(f"LLM has no setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
+        self.options = EngineOptions(
+            model=model,
+            precision=precision,
+            kv_cache_bytes=kv_cache_bytes,
+            threads=threads,
+            **options,  # type: ignore[arg-type]
+        )
+        began = time.perf_counter()
+        loaded = load_engine(self.options)
+        self.engine, self.tokenizer = loaded.engine, loaded.tokenizer
+        self.model_name, self.model_hash = loaded.model_name, loaded.model_hash
+        self.resolved = loaded.resolved
+        self.load_seconds = time.perf_counter() - began
+        self.run_seconds = 0.0
+        self._busy = False
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a prompt and its output together."""
+        return self.engine.context_length
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue each prompt (text, or token ids); answers in the order of the prompts.
+
+        params is one for all or one a prompt. A prompt that cannot be answered, too long for instance, comes back with
+        `.error` set and no outputs; the others are not touched by it. On a terminal, work of more than two seconds
+        shows its progress.
+        """
+        prompts = as_list(prompts)
+        answers: dict[str, RequestOutput] = {}
+        for output in show_progress(self.stream(prompts, params), len(prompts), progress):
+            answers[output.request_id] = output
+        return [answers[str(index)] for index in range(len(prompts))]
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer each conversation (a list of {"role": ..., "content": ...}) through the model's chat template."""
+        several = [conversations] if conversations and isinstance(conversations[0], Mapping) else list(conversations)
+        texts = [self.tokenizer.render_chat([dict(message) for message in each]) for each in several]  # type: ignore[union-attr]
+        prompts = [self.tokenizer.encode(text, special=False) for text in texts]
+        return self.generate(prompts, params, progress=progress)
+
+    def stream(
+        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Like generate, but each answer comes as soon as it is finished; `request_id` is the prompt's place.
+
+        Prompts may be any iterable: it is read only as far ahead as the engine needs. Leaving the loop early drops
+        the rest. One call at a time: raises ValueError while another stream of this LLM is unfinished.
+        """
+        if self._busy:
+            raise InputError("another stream of this LLM is unfinished: read it to its end or close it first")
+        params = params if params is not None else SamplingParams()
+        if not isinstance(params, SamplingParams) and isinstance(prompts, Sequence) and len(params) != len(prompts):
+            raise InputError(
+                f"params must be one for all or one a prompt: got {len(params)} for {len(prompts)} prompts"
+            )
+        return self._run(self._requests(prompts, params))
+
+    def score(self, texts: Prompt | Sequence[Prompt], *, progress: bool = True) -> list[ScoreOutput]:
+        """Log probability of every token of each text under the model, and the text's perplexity.
+
+        Raises ValueError for a text that is empty or longer than the context.
+        """
+        texts = as_list(texts)
+        requests = self._requests(texts, SamplingParams(max_tokens=1), score=True)
+        answers = {each.request_id: each for each in show_progress(self._run(requests), len(texts), progress)}
+        return [self._read_score(text, answers[str(index)]) for index, text in enumerate(texts)]
+
+    def report(self) -> dict[str, Any]:
+        """What all calls of this LLM did so far, as `headrace run` writes it into its report."""
+        return describe_run(self.engine.counters, self.load_seconds, self.run_seconds, self.resolved, self.model_hash)
+
+    def close(self) -> None:
+        """Free the model and the KV cache. The LLM cannot be used after it."""
+        self.__dict__.pop("engine", None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if all(isinstance(token, int) for token in prompt):
+            return list(prompt)
+        raise InputError(f"a prompt must be a text or a list of token ids, got {prompt!r:.80}")
+
+    def _requests(
+        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams], score: bool = False
+    ) -> Iterator[tuple[Request, str | None]]:
+        for index, prompt in enumerate(prompts):
+            own = params if isinstance(params, SamplingParams) else params[index]
+            text = prompt if isinstance(prompt, str) else None
+            yield Request(str(index), tuple(self._tokens(prompt)), own, score), text
+
+    def _run(self, requests: Iterator[tuple[Request, str | None]]) -> Iterator[RequestOutput]:
+        """Keep the engine supplied and yield its answers; whatever happens, leave it empty."""
+        self._busy = True
+        texts: dict[str, str | None] = {}
+        began = time.perf_counter()
+        try:
+            supply: Iterator[tuple[Request, str | None]] | None = requests
+            while supply is not None or self.engine.unfinished:
+                while supply is not None and self.engine.waiting < 2 * self.options.max_sequences:
+                    request, text = next(supply, (None, None))
+                    if request is None:
+                        supply = None
+                        break
+                    try:
+                        self.engine.add(request)
+                        texts[request.id] = text
+                    except RowError as error:
+                        yield RequestOutput(request.id, text, list(request.prompt_token_ids), [], error=error)
+                for output in self.engine.step():
+                    output.prompt = texts.pop(output.request_id)
+                    yield output
+        finally:
+            for request_id in texts:
+                self.engine.abort(request_id)
+            self.run_seconds += time.perf_counter() - began
+            self._busy = False
+
+    def _read_score(self, text: Prompt, output: RequestOutput) -> ScoreOutput:
+        if output.error is not None:
+            raise InputError(f"text {output.request_id} cannot be scored: {output.error}")
+        tokens, logprobs = output.prompt_token_ids, output.prompt_logprobs or []
+        known = [value for value in logprobs if value is not None]
+        perplexity = math.exp(-sum(known) / len(known)) if known else math.nan
+        return ScoreOutput(
+            text if isinstance(text, str) else self.tokenizer.decode(tokens), tokens, logprobs, perplexity
+        )
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several as a list. Raises ValueError for anything else."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise InputError(f"prompts must be a text, a list of texts or lists of token ids, got {type(prompts).__name__}")
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def show_progress(outputs: Iterator[RequestOutput], total: int, wanted: bool) -> Iterator[RequestOutput]:
+    """Pass outputs on; on a terminal, draw a bar once the work has taken two seconds."""
+    console = Console(stderr=True)
+    if not wanted or not console.is_terminal:
+        yield from outputs
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, transient=True)
+    task, began = bar.add_task("rows", total=total), time.perf_counter()
+    try:
+        for output in outputs:
+            bar.advance(task)
+            if not bar.live.is_started and time.perf_counter() - began > 2:
+                bar.start()
+            yield output
+    finally:
+        bar.stop()

@@ -1,0 +1,112 @@
+"""The end report: what a run did, how fast, with what. Knows no engine and no file format but its own JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from headrace.meter.counters import Counters
+
+PACKAGES = ("headrace", "torch", "tokenizers", "llguidance", "pyarrow")
+
+
+def describe_run(
+    counters: Counters, load_seconds: float, run_seconds: float, settings: Mapping[str, Any], model_hash: str
+) -> dict[str, Any]:
+    """The report of one engine's work. Seconds, bytes, and tokens a second of the time after loading.
+
+    Tokens are those of this engine, so a job that was continued counts here only what it did since.
+    """
+    counts = counters.as_dict()
+    tokens = counts["prompt_tokens"] + counts["output_tokens"]
+    seconds = max(run_seconds, 1e-9)
+    used = ("prompt_tokens", "cached_prompt_tokens", "computed_prompt_tokens", "recomputed_tokens", "output_tokens")
+    memory = ("kv_bytes_per_token", "kv_peak_bytes", "kv_budget_bytes")
+    return {
+        **{name: counts[name] for name in used},
+        "load_s": round(load_seconds, 3),
+        "wall_s": round(run_seconds, 3),
+        "total_tokens_per_s": round(tokens / seconds, 1),
+        "output_tokens_per_s": round(counts["output_tokens"] / seconds, 1),
+        **{name: counts[name] for name in ("steps", "preemptions", *memory)},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "settings": dict(settings),
+        "versions": list_versions(),
+        "model_hash": model_hash,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def list_versions() -> dict[str, str]:
+    """Versions of Headrace and of what its results depend on; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the report whole or not at all. Raises OSError."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(report, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """The report as the lines that a person wants to see."""
+    job = report["job"]
+    cached = report["cached_prompt_tokens"] / max(1, report["prompt_tokens"])
+    lines = [
+        ("rows", f"{job['rows']:,} done, {job['succeeded']:,} succeeded, {job['failed']:,} failed"),
+        ("this run", f"{report['requests']:,} rows, {report['rows_resumed']:,} were done before"),
+        ("prompt", f"{report['prompt_tokens']:,} tokens, {cached:.1%} of them from the prefix cache"),
+        ("output", f"{report['output_tokens']:,} tokens"),
+        ("speed", f"{report['total_tokens_per_s']:,} tokens/s, {report['output_tokens_per_s']:,} output tokens/s"),
+        ("time", f"{format_seconds(report['wall_s'])} after {format_seconds(report['load_s'])} of loading"),
+        ("steps", f"{report['steps']:,} with {report['preemptions']:,} preemptions"),
+        ("KV memory", f"{format_bytes(report['kv_peak_bytes'])} at most, of {format_bytes(report['kv_budget_bytes'])}"),
+        ("memory", f"{format_bytes(report['peak_rss_bytes'])} at most"),
+    ]
+    if report["rows_shared"]:
+        lines.insert(2, ("shared", f"{report['rows_shared']:,} rows equal to another were answered from it"))
+    if report["rows_shortened"]:
+        lines.insert(2, ("shortened", f"{report['rows_shortened']:,} rows had less room than max_tokens"))
+    return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def format_bytes(count: float) -> str:
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    place = 0
+    while count >= 1024 and place < len(units) - 1:
+        count /= 1024
+        place += 1
+    return f"{count:.0f} {units[place]}" if place == 0 else f"{count:.1f} {units[place]}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Such as 4.2 s, 3 min 05 s or 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,7 @@
+"""Models: one file a family, named by its config's model_type; the equations they share are in decoder.py."""
+
+from headrace.model.config import ModelConfig
+from headrace.model.decoder import Model
+from headrace.model.loading import ModelSettings, load_model
+
+__all__ = ["Model", "ModelConfig", "ModelSettings", "load_model"]

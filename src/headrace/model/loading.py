@@ -1,0 +1,143 @@
+"""From a checkpoint to a model in memory, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from headrace.cache.layout import CacheLayout
+from headrace.core import InputError, ModelError
+from headrace.kernels.base import Kernels
+from headrace.model.config import ModelConfig
+from headrace.model.decoder import Layer, Model
+from headrace.quant.full import Linear
+
+# A family is a module of this package by the config's model_type, with a function read_config(config) -> ModelConfig.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Weights(Protocol):
+    """What loading needs of a checkpoint; names and layouts are Hugging Face's."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    def names(self) -> frozenset[str]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """How a model is laid out in memory. max_context cuts the context that the checkpoint allows."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "cpu"
+    block_size: int = 32
+    max_context: int | None = None
+
+
+def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> Model:
+    """Read, convert and pack every tensor.
+
+    Raises ModelError for a family or a feature that is not supported and for a missing or misshaped tensor, InputError
+    for a max_context above the model's own.
+    """
+    config = read_config(weights.config)
+    if settings.max_context is not None:
+        if settings.max_context > config.context_length:
+            most = config.context_length
+            raise InputError(f"max_context of {settings.max_context} is above the {most} tokens that the model allows")
+        config = replace(config, context_length=settings.max_context)
+    loader = _Loader(weights, config, kernels, settings)
+    embedding = loader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(loader.dtype)
+    head = loader.linear(["lm_head"], [config.vocab_size], config.hidden_size) if not config.tied else None
+    return Model(
+        config,
+        CacheLayout.from_windows(config.windows, settings.block_size),
+        kernels,
+        embedding.to(settings.device),
+        [loader.layer(index) for index in range(config.layers)],
+        loader.norm("model.norm", config.hidden_size),
+        head or Linear(kernels, embedding.to(settings.device), None, loader.dtype),
+    )
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The model's shapes, by its family. Raises ModelError naming the families that there are."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(f"unsupported architecture {family!r}; supported are {', '.join(FAMILIES)}")
+    module = import_module(f"headrace.model.{family}")
+    result: ModelConfig = module.read_config(config)
+    return result
+
+
+class _Loader:
+    """Reads tensors by name, checks their shapes, and counts which were used."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, kernels: Kernels, settings: ModelSettings) -> None:
+        self.weights = weights
+        self.names = weights.names()
+        self.config = config
+        self.kernels = kernels
+        self.device = settings.device
+        self.dtype = DTYPES[settings.precision]
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape. Raises ModelError naming what is missing or how its shape differs."""
+        if name not in self.names:
+            raise ModelError(f"the model lacks the tensor {name}")
+        tensor = self.weights.tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelError(f"tensor {name} has shape {list(tensor.shape)}; its config needs {list(shape)}")
+        return tensor
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """A norm's weight as it acts, float32 [size]."""
+        return (self.read(f"{name}.weight", (size,)).float() + self.config.norm_offset).to(self.device)
+
+    def optional_norm(self, name: str, size: int, wanted: bool) -> Tensor | None:
+        return self.norm(name, size) if wanted else None
+
+    def linear(self, names: list[str], rows: list[int], columns: int, bias: bool = False) -> Linear:
+        """Several weights [rows, columns] on top of each other as one product."""
+        weight = torch.cat(
+            [self.read(f"{name}.weight", (each, columns)).to(self.dtype) for name, each in zip(names, rows, strict=True)]
+        )
+        found = [f"{name}.bias" in self.names for name in names]
+        if bias:
+            parts = [self.read(f"{name}.bias", (each,)).float() for name, each in zip(names, rows, strict=True)]
+            return Linear(self.kernels, weight.to(self.device), torch.cat(parts).to(self.device), self.dtype)
+        if any(found):
+            raise ModelError(f"tensor {names[found.index(True)]}.bias is there, and the model's config has no such bias")
+        return Linear(self.kernels, weight.to(self.device), None, self.dtype)
+
+    def layer(self, index: int) -> Layer:
+        config, prefix = self.config, f"model.layers.{index}"
+        hidden, inner = config.hidden_size, config.intermediate_size
+        queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
+        attention = [f"{prefix}.self_attn.{name}_proj" for name in "qkv"]
+        return Layer(
+            attention_norm=self.norm(f"{prefix}.input_layernorm", hidden),
+            query_key_value=self.linear(attention, [queries, keys, keys], hidden, config.attention_bias),
+            output=self.linear([f"{prefix}.self_attn.o_proj"], [hidden], queries, config.output_bias),
+            mlp_norm=self.norm(f"{prefix}.{self._mlp_norm_name}", hidden),
+            gate_up=self.linear([f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"], [inner] * 2, hidden, config.mlp_bias),
+            down=self.linear([f"{prefix}.mlp.down_proj"], [hidden], inner, config.mlp_bias),
+            query_norm=self.optional_norm(f"{prefix}.self_attn.q_norm", config.head_size, config.query_key_norm),
+            key_norm=self.optional_norm(f"{prefix}.self_attn.k_norm", config.head_size, config.query_key_norm),
+            attention_post_norm=self.optional_norm(f"{prefix}.post_attention_layernorm", hidden, config.post_norms),
+            mlp_post_norm=self.optional_norm(f"{prefix}.post_feedforward_layernorm", hidden, config.post_norms),
+        )
+
+    @property
+    def _mlp_norm_name(self) -> str:
+        """Hugging Face's name of the norm before the feed-forward part, which depends on whether there are post norms."""
+        return "pre_feedforward_layernorm" if self.config.post_norms else "post_attention_layernorm"

@@ -1,0 +1,58 @@
+"""What changes the scheduler's state: executing a plan, counting it as computed, taking sequences out."""
+
+from __future__ import annotations
+
+from headrace.core import Sequence, StepPlan
+from headrace.schedule.state import SchedulerState
+
+
+def apply(plan: StepPlan, state: SchedulerState) -> None:
+    """Preempt, admit and take blocks, in this order: afterwards the tables have room for every chunk.
+
+    A preempted sequence forgets what it computed, not what it generated. `cached_tokens` is what its first admission
+    found in the prefix tree; what it finds again after a preemption is its own work and is not counted.
+    """
+    for number in plan.preempt:
+        sequence = state.find(number)
+        state.ledger.release(sequence)
+        state.running.remove(sequence)
+        state.waiting.appendleft(sequence)
+        sequence.computed = 0
+        sequence.preemptions += 1
+    for admission in plan.admit:
+        sequence = state.find(admission.sequence)
+        state.waiting.remove(sequence)
+        state.running.append(sequence)
+        state.ledger.admit(sequence, admission.cached)
+        sequence.computed = admission.cached
+        if sequence.preemptions == 0:
+            sequence.cached_tokens = admission.cached
+    for chunk in plan.chunks:
+        state.ledger.grow(state.find(chunk.sequence), chunk.start + chunk.length)
+
+
+def advance(plan: StepPlan, state: SchedulerState) -> None:
+    """The plan's chunks are computed: share their full blocks, release what windows no longer see."""
+    for chunk in plan.chunks:
+        sequence = state.find(chunk.sequence)
+        sequence.computed += chunk.length
+        state.ledger.publish(sequence)
+        state.ledger.slide(sequence)
+
+
+def finish(sequence: Sequence, state: SchedulerState) -> None:
+    """Take out a running sequence that is complete; the forecast learns its length."""
+    state.running.remove(sequence)
+    state.ledger.release(sequence)
+    del state.sequences[sequence.number]
+    state.forecast.record(sequence)
+
+
+def abort(sequence: Sequence, state: SchedulerState) -> None:
+    """Take out a sequence, waiting or running, that is not wanted any more. Its length teaches nothing."""
+    if sequence.number in state.ledger.holdings:
+        state.running.remove(sequence)
+        state.ledger.release(sequence)
+    else:
+        state.waiting.remove(sequence)
+    del state.sequences[sequence.number]

@@ -1,0 +1,164 @@
+"""How much KV memory the running sequences will need at their worst: from past output lengths to a future peak.
+
+After the Past-Future scheduler, arXiv 2507.10150, sections 3 and 4: the "past" is the distribution of recent output
+lengths, the "future" the largest sum of memory over the moments at which sequences end.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from headrace.cache.ledger import KVLedger
+from headrace.cache.prefix import Hit
+from headrace.core import Sequence
+
+WINDOW = 1000
+FEWEST_LENGTHS = 32
+GOLDEN = 2654435769  # 2^32 / golden ratio
+
+
+class LengthForecast:
+    """Predicts how many tokens a sequence will still generate, from the last 1000 finished output lengths.
+
+    The paper draws each prediction at random from the lengths above what is generated so far. Here sequence number s
+    takes the fixed quantile frac(s / golden ratio) of them: predictions repeat exactly, and those of any run of
+    sequences spread evenly over the distribution, so a batch is predicted with its short and its long members.
+    """
+
+    def __init__(self, context_length: int | None = None) -> None:
+        self.context_length = context_length
+        self._recent: deque[int] = deque()
+        self._ordered: list[int] = []
+
+    def record(self, sequence: Sequence) -> None:
+        """Learn a finished length, where it was the model's choice: not a score's, not one with `ignore_eos`."""
+        if sequence.request.score or sequence.request.params.ignore_eos:
+            return
+        length = sequence.output_length
+        if len(self._recent) == WINDOW:
+            del self._ordered[bisect_left(self._ordered, self._recent.popleft())]
+        self._recent.append(length)
+        insort(self._ordered, length)
+
+    def remaining(self, sequence: Sequence) -> int:
+        """Tokens that the sequence is predicted to generate from now on; at least 1 unless it is a score.
+
+        What `max_tokens` and the context allow where that is certain (`ignore_eos`), where fewer than 32 lengths are
+        known, and where no known length is above what is generated already.
+        """
+        request = sequence.request
+        if request.score:
+            return 0
+        known = len(sequence.tokens)
+        generated = known - len(request.prompt_token_ids)
+        most = request.params.max_tokens - generated
+        if self.context_length is not None:
+            most = min(most, self.context_length - known)
+        ordered = self._ordered
+        if not request.params.ignore_eos and len(ordered) >= FEWEST_LENGTHS:
+            below = bisect_right(ordered, generated)
+            above = len(ordered) - below
+            if above:
+                quantile = sequence.number * GOLDEN & 0xFFFFFFFF
+                most = min(most, ordered[below + (quantile * above >> 32)] - generated)
+        return max(most, 1)
+
+
+class Demand(NamedTuple):
+    """Memory of one sequence: `held` now, `rate` more with each of `remaining` steps, then nothing. Any one unit."""
+
+    remaining: int
+    held: int
+    rate: int
+
+
+def future_peak(demands: Iterable[Demand], shared: int = 0) -> int:
+    """The most memory that the demands take together at any moment, above `shared` that stays. O(n log n).
+
+    Memory only falls when a sequence ends, so the peak is at one of these moments. When the one with the i-th most
+    steps remaining is about to end, the first i are alive and each has grown by its steps (section 4):
+    M* = max over i of (remaining_i * sum of rates up to i + sum of held up to i).
+    """
+    held, rate, peak = shared, 0, shared
+    for demand in sorted(demands, reverse=True):
+        held += demand.held
+        rate += demand.rate
+        peak = max(peak, held + rate * demand.remaining)
+    return peak
+
+
+class Outlook:
+    """The demands of what runs, and of what a plan admits, over one ledger. A plan's scratch; changes no state.
+
+    The unit is one block divided by the block size, so growth by a token is a whole number. A sequence of K known
+    tokens that generates r more holds, in each full-attention group, at most (K + r - 1) + (block size - 1) units:
+    the last token is never computed, and a started block counts whole. Blocks that several sequences hold are
+    counted once, for good: `shared`. Sliding-window groups count as their most.
+    So with true lengths a peak within the pool means that no preemption will be needed.
+    """
+
+    def __init__(self, ledger: KVLedger, forecast: LengthForecast, step_tokens: int, running: list[Sequence]) -> None:
+        self.ledger = ledger
+        self.forecast = forecast
+        self.step_tokens = step_tokens
+        self.shared = ledger.shared * ledger.layout.block_size
+        # Holders of blocks that this plan's admissions acquire: a sequence's number, or None for several.
+        self.claims: dict[int, int | None] = {}
+        self._window_blocks: dict[tuple[int, int], int] = {}
+        demands = {sequence.number: self._demand_running(sequence) for sequence in running}
+        self.demands = dict(sorted(demands.items(), key=lambda item: item[1], reverse=True))
+
+    def add(self, sequence: Sequence, hit: Hit) -> int:
+        """Count in a waiting sequence with its hit; how many blocks that nobody held its hit takes."""
+        size = self.ledger.layout.block_size
+        full, seen = self.ledger.hit_blocks(hit.nodes)
+        taken = joined = 0
+        for block in full:
+            holder, held = self._holder(block)
+            if not held:
+                self.claims[block] = sequence.number
+                taken += 1
+                continue
+            joined += 1
+            if holder is not None:
+                demand = self.demands[holder]
+                self.demands[holder] = demand._replace(held=demand.held - size)
+                self.shared += size
+                self.claims[block] = None
+        for block in seen:
+            if not self._holder(block)[1]:
+                self.claims[block] = sequence.number
+                taken += 1
+        self.demands[sequence.number] = self._demand(sequence, joined, len(hit.nodes) * size)
+        return taken
+
+    def peak(self) -> int:
+        """Predicted peak in blocks, rounded up."""
+        return -(-future_peak(self.demands.values(), self.shared) // self.ledger.layout.block_size)
+
+    def _holder(self, block: int) -> tuple[int | None, bool]:
+        """The one holder of a block if there is just one, and whether it is held at all."""
+        if block in self.claims:
+            return self.claims[block], True
+        return self.ledger.sole_holder(block), self.ledger.pool.references[block] > 0
+
+    def _demand_running(self, sequence: Sequence) -> Demand:
+        held = len(self.ledger.full_groups) * len(sequence.tables[0])
+        return self._demand(sequence, held - self.ledger.holdings[sequence.number].private, sequence.computed)
+
+    def _demand(self, sequence: Sequence, joined: int, computed: int) -> Demand:
+        """Of a sequence that shares `joined` blocks of full-attention groups and has computed so many tokens."""
+        ledger, known = self.ledger, len(sequence.tokens)
+        size, rate = ledger.layout.block_size, len(ledger.full_groups)
+        growth = max(self.forecast.remaining(sequence) - 1, 0)
+        held = rate * (known + size - 1) - size * joined
+        if ledger.windowed:
+            # Most sequences ask the same: a decode that fills its windows.
+            key = (-(-(known + growth) // size), min(known - computed, self.step_tokens))
+            if key not in self._window_blocks:
+                self._window_blocks[key] = ledger.window_blocks(known + growth, key[1])
+            held += size * self._window_blocks[key]
+        return Demand(growth, held, rate)

@@ -1,0 +1,63 @@
+"""What a schedule looks at: who waits, who runs, who holds which blocks, and how long outputs have been."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from headrace.cache.layout import CacheLayout
+from headrace.cache.ledger import KVLedger
+from headrace.core import Sequence
+from headrace.options import EngineOptions
+from headrace.schedule.forecast import LengthForecast
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a step: tokens computed, and sequences that run. Both at least 1."""
+
+    step_tokens: int
+    max_sequences: int
+
+    def __post_init__(self) -> None:
+        if self.step_tokens < 1 or self.max_sequences < 1:
+            raise ValueError(
+                f"step_tokens and max_sequences must be at least 1, got {self.step_tokens}, {self.max_sequences}"
+            )
+
+
+@dataclass(slots=True)
+class SchedulerState:
+    """Owned by the engine; changed only by `add` and the functions of `schedule.apply`.
+
+    `waiting` is in the order of arrival, preempted sequences before all others; `running` in the order of admission.
+    """
+
+    ledger: KVLedger
+    limits: Limits
+    forecast: LengthForecast
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+
+    @classmethod
+    def create(
+        cls, layout: CacheLayout, num_blocks: int, options: EngineOptions, context_length: int | None = None
+    ) -> SchedulerState:
+        """An empty state over a pool of `num_blocks` blocks; no sequence will grow beyond `context_length` tokens."""
+        ledger = KVLedger(layout, num_blocks, options.prefix_cache)
+        return cls(ledger, Limits(options.step_tokens, options.max_sequences), LengthForecast(context_length))
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that fits the pool alone (`ledger.blocks_for`): the caller refuses any other.
+
+        Raises ValueError if its number is taken.
+        """
+        if sequence.number in self.sequences:
+            raise ValueError(f"sequence number {sequence.number} is taken")
+        self.sequences[sequence.number] = sequence
+        self.waiting.append(sequence)
+
+    def find(self, number: int) -> Sequence:
+        """The waiting or running sequence with this number. Raises KeyError if there is none."""
+        return self.sequences[number]

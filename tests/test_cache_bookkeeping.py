@@ -1,0 +1,220 @@
+"""Block pool and ledger: exact ids, reference counts, sliding windows, sharing, and a pool that ends as it began."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from headrace.cache.blocks import BlockPool
+from headrace.cache.layout import CacheLayout
+from headrace.cache.ledger import KVLedger
+from headrace.core import Request, SamplingParams, Sequence
+
+
+def make_sequence(number: int, tokens: list[int]) -> Sequence:
+    return Sequence(Request(str(number), tuple(tokens), SamplingParams()), 0, number, list(tokens))
+
+
+def make_ledger(windows: list[int | None], num_blocks: int, prefix_cache: bool = True) -> KVLedger:
+    return KVLedger(CacheLayout.from_windows(windows, 4), num_blocks, prefix_cache)
+
+
+def start(ledger: KVLedger, sequence: Sequence) -> int:
+    """Admit a sequence with what the tree has of it; the tokens found."""
+    sequence.computed = len(ledger.match(sequence).nodes) * ledger.layout.block_size
+    ledger.admit(sequence, sequence.computed)
+    return sequence.computed
+
+
+def compute(ledger: KVLedger, sequence: Sequence, length: int | None = None) -> None:
+    length = len(sequence.tokens) - sequence.computed if length is None else length
+    ledger.grow(sequence, sequence.computed + length)
+    sequence.computed += length
+    ledger.publish(sequence)
+    ledger.slide(sequence)
+
+
+def test_pool_ids_are_exact() -> None:
+    pool = BlockPool(5)
+    assert [pool.allocate() for _ in range(4)] == [0, 1, 2, 3]
+    pool.release(1)
+    pool.release(0)
+    assert [pool.allocate(), pool.allocate(), pool.allocate(), pool.allocate()] == [0, 1, 4, None]
+    pool.cache(2)
+    pool.cache(0)
+    pool.release(2)
+    pool.release(0)
+    assert pool.available == 2 and pool.allocate() is None and pool.oldest_evictable() == 2
+    pool.acquire(2)
+    pool.acquire(2)
+    pool.release(2)
+    assert pool.available == 1 and pool.oldest_evictable() == 0
+    pool.uncache(0)
+    pool.check()
+    assert pool.allocate() == 0
+    with pytest.raises(MemoryError, match="all 5 KV blocks are held"):
+        pool.oldest_evictable()
+    with pytest.raises(ValueError, match="at least 1"):
+        BlockPool(0)
+
+
+@pytest.mark.parametrize("damage", ["references", "twice", "lost"])
+def test_pool_check_finds_damage(damage: str) -> None:
+    pool = BlockPool(3)
+    block = pool.allocate()
+    assert block is not None
+    pool.check()
+    if damage == "references":
+        pool.references[block] = 0
+    elif damage == "twice":
+        pool._free.append(2)
+    else:
+        pool._free.remove(1)
+    with pytest.raises(AssertionError):
+        pool.check()
+
+
+def test_tables_grow_by_blocks_in_every_group() -> None:
+    ledger = make_ledger([None, None, 6], 30)
+    sequence = make_sequence(1, [1] * 9)
+    assert start(ledger, sequence) == 0 and sequence.tables == [[], [], []]
+    compute(ledger, sequence, 5)
+    assert sequence.tables == [[0, 3], [1, 4], [2, 5]] and ledger.used_blocks == 6
+    compute(ledger, sequence, 4)
+    # Position 9 sees 4 to 9 through the window: block 0 of the windowed group is released, and stays in the tree.
+    window = next(index for index, group in enumerate(ledger.layout.groups) if group.window)
+    assert sequence.tables[window][0] == -1 and ledger.used_blocks == 8
+    ledger.check([sequence])
+    ledger.release(sequence)
+    ledger.check([])
+    assert ledger.used_blocks == 0 and ledger.free_blocks == 30 and sequence.tables == []
+
+
+def test_equal_blocks_become_one() -> None:
+    """Two sequences compute the same text side by side: the second takes over the first one's blocks."""
+    ledger = make_ledger([None], 10)
+    first, second = make_sequence(1, [5] * 8), make_sequence(2, [5] * 8)
+    start(ledger, first)
+    start(ledger, second)
+    compute(ledger, first)
+    assert first.tables == [[0, 1]]
+    compute(ledger, second)
+    assert second.tables == [[0, 1]] and ledger.used_blocks == 2 and ledger.shared == 2
+    assert ledger.holdings[1].private == ledger.holdings[2].private == 0
+    ledger.release(first)
+    assert ledger.holdings[2].private == 2 and ledger.sole_holder(0) == 2
+    ledger.check([second])
+
+
+def test_the_least_recently_used_leaf_is_evicted_first() -> None:
+    ledger = make_ledger([None], 6)
+    old, new = make_sequence(1, [1] * 8), make_sequence(2, [2] * 8)
+    for sequence in (old, new):
+        start(ledger, sequence)
+        compute(ledger, sequence)
+        ledger.release(sequence)
+    assert ledger.used_blocks == 0 and ledger.free_blocks == 6
+    large = make_sequence(3, [3] * 12)
+    start(ledger, large)
+    compute(ledger, large)
+    assert large.tables == [[4, 5, 1]]
+    assert len(ledger.match(make_sequence(4, [1] * 9)).nodes) == 1
+    assert len(ledger.match(make_sequence(5, [2] * 9)).nodes) == 2
+    # Using the old one again makes the other the oldest.
+    again = make_sequence(6, [1] * 5)
+    assert start(ledger, again) == 4 and again.tables == [[0]]
+    ledger.release(again)
+    ledger.grow(large, 16)
+    assert large.tables == [[4, 5, 1, 3]]
+    ledger.check([large])
+
+
+def test_a_plan_that_does_not_fit_is_refused() -> None:
+    ledger = make_ledger([None], 2)
+    sequence = make_sequence(1, [1] * 12)
+    start(ledger, sequence)
+    with pytest.raises(MemoryError, match="does not fit"):
+        ledger.grow(sequence, 12)
+    with pytest.raises(ValueError, match="4 cached tokens were planned, 0 found"):
+        ledger.admit(make_sequence(2, [2] * 12), 4)
+
+
+@pytest.mark.parametrize("windows", [[None], [7], [4, 4, 9, 9, None, None], [2, None]])
+@pytest.mark.parametrize("chunk", [1, 3, 10])
+def test_blocks_for_is_what_a_sequence_holds_at_most(windows: list[int | None], chunk: int) -> None:
+    most = 0
+    for length in range(1, 40):
+        ledger = make_ledger(windows, 200, prefix_cache=False)
+        sequence = make_sequence(1, list(range(length)))
+        start(ledger, sequence)
+        while sequence.computed < length:
+            step = min(chunk, length - sequence.computed)
+            ledger.grow(sequence, sequence.computed + step)
+            most = max(most, ledger.used_blocks)
+            assert ledger.used_blocks <= ledger.blocks_for(length, chunk)
+            compute(ledger, sequence, step)
+    if chunk == 1:
+        assert most == ledger.blocks_for(39)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Any order of admissions, steps and releases; the ledger's own check is the invariant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draw = random.Random(0)
+        self.ledger = make_ledger(self.draw.choice([[None], [5, None], [3, 9]]), 24)
+        self.running: list[Sequence] = []
+        self.number = 0
+
+    @rule(layout=st.sampled_from([[None], [5, None], [3, 9], [None, None, 6, 6]]))
+    @precondition(lambda self: not self.running)
+    def begin_anew(self, layout: list[int | None]) -> None:
+        self.ledger = make_ledger(layout, 24)
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=16))
+    def admit(self, tokens: list[int]) -> None:
+        self.number += 1
+        sequence = make_sequence(self.number, tokens)
+        hit = self.ledger.match(sequence)
+        assert hit == self.ledger.match(sequence) and len(hit.nodes) * 4 < len(tokens)
+        start(self.ledger, sequence)
+        self.running.append(sequence)
+
+    @rule(index=st.integers(0, 9), length=st.integers(1, 8), more=st.lists(st.integers(0, 1), max_size=3))
+    @precondition(lambda self: self.running)
+    def step(self, index: int, length: int, more: list[int]) -> None:
+        sequence = self.running[index % len(self.running)]
+        if sequence.computed == len(sequence.tokens):
+            sequence.tokens.extend(more)
+        length = min(length, len(sequence.tokens) - sequence.computed)
+        groups = len(self.ledger.layout.groups)
+        missing = -(-(sequence.computed + length) // 4) - len(sequence.tables[0])
+        if missing * groups > self.ledger.free_blocks:
+            self.ledger.release(sequence)
+            self.running.remove(sequence)
+        elif length:
+            compute(self.ledger, sequence, length)
+
+    @rule(index=st.integers(0, 9))
+    @precondition(lambda self: self.running)
+    def release(self, index: int) -> None:
+        self.ledger.release(self.running.pop(index % len(self.running)))
+
+    @invariant()
+    def agrees(self) -> None:
+        self.ledger.check(self.running)
+
+    def teardown(self) -> None:
+        for sequence in self.running:
+            self.ledger.release(sequence)
+        self.ledger.check([])
+        assert self.ledger.used_blocks == 0 and self.ledger.shared == 0
+
+
+TestLedgerMachine = LedgerMachine.TestCase
+TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 VENV := .venv/bin
 PIP := $(VENV)/python -m pip --disable-pip-version-check
-NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard src/headrace/kernels/csrc/*)
 EXTRA = $(VENV)/python tools/extra.py
 
 .PHONY: help run test check docs clean

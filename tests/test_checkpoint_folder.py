@@ -150,14 +150,16 @@ def test_other_missing_and_damaged_files(folder: Path) -> None:
     assert "tokenizer.json: not a tokenizer that can be read" in refusal(folder)
     (folder / "tokenizer.json").unlink()
     assert "tokenizer.json: missing; save the model's fast tokenizer there" in refusal(folder)
-    (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    assert "no model.safetensors here" in refusal(folder)
     (folder / "config.json").write_text("not json")
     assert "config.json: not JSON" in refusal(folder)
     (folder / "config.json").write_text("[1]")
     assert "config.json: must hold a JSON object, got list" in refusal(folder)
     (folder / "config.json").unlink()
     assert "config.json: missing; a model folder needs its config.json" in refusal(folder)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert "no model.safetensors here" in refusal(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert "pickle checkpoint refused" in refusal(folder)
 
 
 def test_unknown_decoder_is_named(folder: Path) -> None:

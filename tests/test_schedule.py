@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_driver import Driver, make_state, snapshot
 
-from headrace.core import StepPlan
+from headrace.core import Admission, Chunk, StepPlan
 from headrace.schedule.apply import apply
 from headrace.schedule.state import Limits
 
@@ -214,6 +214,22 @@ def test_the_newest_is_preempted_and_goes_to_the_front() -> None:
     driver.run()
     assert old.preemptions == 0 and old.output_length == new.output_length == later.output_length == 40
     assert later.cached_tokens == 0
+
+
+def test_blocks_that_victims_share_are_free_when_the_last_of_them_goes() -> None:
+    """Five blocks: one each of two old sequences, two that two newer ones share, one free. Both old ones need one."""
+    driver = Driver(make_state([None], 5, 4, step_tokens=64, max_sequences=8))
+    driver.add([7] * 4 + [9], 1)
+    driver.run()
+    old, second = driver.add([1] * 4, 9)[0].number, driver.add([2] * 4, 9)[0].number
+    new, newer = (each.number for each in driver.add([7] * 4 + [8] * 4, 9, n=2))
+    admitted = (Admission(old, 0), Admission(second, 0), Admission(new, 4), Admission(newer, 4))
+    driver.execute(StepPlan(tuple(Chunk(each.sequence, each.cached, 4) for each in admitted), admitted))
+    assert driver.state.ledger.used_blocks == 4
+    plan = driver.plan()
+    assert plan.preempt == (newer, new) and [chunk.sequence for chunk in plan.chunks] == [old, second]
+    driver.execute(plan)
+    driver.state.ledger.check(driver.state.running)
 
 
 def test_a_preempted_sequence_finds_what_it_generated() -> None:

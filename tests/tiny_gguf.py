@@ -58,7 +58,7 @@ def write_gguf(
     quantise: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     **metadata: Any,
 ) -> Path:
-    """Write a file. Matrices are stored as `quantise`; uint8 matrices hold packed blocks of that type and stay as they are.
+    """Write a file. Matrices are stored as `quantise`; uint8 matrices hold blocks of that type and stay as they are.
 
     `metadata` adds keys (double underscores for dots) as pairs (value, GGUFValueType) or lists; None drops a key.
     """

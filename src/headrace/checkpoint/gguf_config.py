@@ -26,13 +26,20 @@ class Metadata:
         return ModelError(f"{self.header.path}: {what}")
 
     def get(self, name: str) -> Any:
-        return self.header.metadata.get(f"{self.architecture}.{name}")
+        """A number or a string, None if it is not there. A list must hold one value only: layers do not differ here."""
+        value = self.header.metadata.get(f"{self.architecture}.{name}")
+        if isinstance(value, np.ndarray | list):
+            distinct = list(dict.fromkeys(list(value)))
+            if len(distinct) != 1:
+                raise self.fail(
+                    f"metadata {self.architecture}.{name} must be one number above 0 for all layers, got {value}"
+                )
+            value = distinct[0].item() if isinstance(distinct[0], np.generic) else distinct[0]
+        return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number above zero. A list must hold one value only: layers that differ are not supported."""
+        """A finite number above zero; `default`, if there is one, where the file has none."""
         value = self.get(name)
-        if isinstance(value, np.ndarray) and len(set(value.tolist())) == 1:
-            value = value.tolist()[0]
         if value is None:
             value = default
         key = f"{self.architecture}.{name}"
@@ -68,6 +75,8 @@ def translate_config(header: GgufHeader, rope_factors: Sequence[float] | None) -
             raise metadata.fail(f"{metadata.architecture}.{name} other than the head size {head_dim} is not supported")
     if "token_embd.weight" not in header.tensors:
         raise metadata.fail("tensor 'token_embd.weight' is missing; fetch the file again")
+    if rope_factors is not None and len(rope_factors) != head_dim // 2:
+        raise metadata.fail(f"tensor rope_freqs.weight has {len(rope_factors)} numbers, expected {head_dim // 2}")
     config = {
         "model_type": ARCHITECTURES[metadata.architecture],
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
@@ -89,9 +98,8 @@ def translate_config(header: GgufHeader, rope_factors: Sequence[float] | None) -
     }
     if metadata.architecture == "gemma3":
         return config | translate_gemma3(metadata, config)
-    window = metadata.get("attention.sliding_window")
-    if metadata.architecture == "llama" and window:
-        config |= {"model_type": "mistral", "sliding_window": int(window)}
+    if metadata.architecture == "llama" and metadata.get("attention.sliding_window"):
+        config |= {"model_type": "mistral", "sliding_window": metadata.integer("attention.sliding_window")}
     return config | {"hidden_act": "silu"}
 
 
@@ -102,9 +110,11 @@ def shorten(value: float) -> float:
 
 def translate_rope_scaling(metadata: Metadata, factors: Sequence[float] | None) -> dict[str, Any] | None:
     """rope_scaling as Hugging Face writes it; Llama 3's, stored as one divisor a frequency, as type "factors"."""
-    kind = str(metadata.get("rope.scaling.type") or "none")
     if metadata.get("rope.scale_linear"):
         return {"rope_type": "linear", "factor": shorten(metadata.number("rope.scale_linear"))}
+    kind = str(metadata.get("rope.scaling.type") or ("linear" if metadata.get("rope.scaling.factor") else "none"))
+    if kind != "none" and factors is not None:
+        raise metadata.fail(f"rope scaling {kind!r} together with tensor rope_freqs.weight is not supported")
     if kind == "none":
         if factors is None or all(factor == 1 for factor in factors):
             return None

@@ -105,19 +105,24 @@ class GgufCheckpoint:
     def _translate_names(self) -> dict[str, str]:
         """Hugging Face's name to the file's name for every tensor. Raises ModelError for unknown and missing ones."""
         gemma = self.config["model_type"] == "gemma3_text"
-        parts, layers = (GEMMA3_LAYER if gemma else LAYER), self.config["num_hidden_layers"]
+        normed = gemma or self.config["model_type"] == "qwen3"
+        parts = {
+            key: part
+            for key, part in (GEMMA3_LAYER if gemma else LAYER).items()
+            if normed or key not in QUERY_KEY_NORMS
+        }
         names: dict[str, str] = {}
         for stored in self._header.tensors:
             words = stored.split(".")
-            if len(words) == 2 and words[0] in OUTER:
-                names[f"{OUTER[words[0]]}.{words[1]}"] = stored
-            elif len(words) == 4 and words[0] == "blk" and words[2] in parts and words[1].isdecimal():
-                names[f"model.layers.{int(words[1])}.{parts[words[2]]}.{words[3]}"] = stored
+            part = parts.get(words[2], "") if len(words) == 4 and words[0] == "blk" and words[1].isdecimal() else ""
+            if len(words) == 2 and words[0] in OUTER and words[1] == "weight":
+                names[f"{OUTER[words[0]]}.weight"] = stored
+            elif part and (words[3] == "weight" or (words[3] == "bias" and part.endswith("_proj"))):
+                names[f"model.layers.{int(words[1])}.{part}.{words[3]}"] = stored
             elif stored != ROPE_FACTORS:
                 raise ModelError(f"{self.path}: tensor {stored!r} is not supported in this family; use another file")
-        normed = self.config["model_type"] in ("qwen3", "gemma3_text")
-        wanted = [part for key, part in parts.items() if normed or key not in QUERY_KEY_NORMS]
-        needed = [f"model.layers.{layer}.{part}.weight" for layer in range(layers) for part in wanted]
+        layers = range(self.config["num_hidden_layers"])
+        needed = [f"model.layers.{layer}.{part}.weight" for layer in layers for part in parts.values()]
         missing = [name for name in ["model.embed_tokens.weight", "model.norm.weight", *needed] if name not in names]
         if missing:
             more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"

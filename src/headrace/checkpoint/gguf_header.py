@@ -144,7 +144,7 @@ def parse_header(path: Path, data: mmap.mmap) -> GgufHeader:
     tensor_count, metadata_count = cursor.unpack("<Q"), cursor.unpack("<Q")
     metadata = cursor.repeat(metadata_count, "metadata key", cursor.metadata_entry)
     entries = cursor.repeat(tensor_count, "tensor", cursor.tensor_entry)
-    if int(metadata.get("split.count", 1)) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise ModelError(f"{path}: one of {metadata['split.count']} parts; join them with `llama-gguf-split --merge`")
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -54,12 +55,12 @@ class Vocabulary:
 
     def __init__(self, header: GgufHeader) -> None:
         self.header = header
-        self.tokens: list[str] = self.get("tokens", required=True)
-        self.types: list[int] = [int(kind) for kind in self.get("token_type", default=())]
+        self.tokens: list[str] = self.strings("tokens")
+        self.types: list[int] = [int(kind) for kind in self.numbers("token_type", default=())]
         self.kind = str(self.get("model", required=True))
         self.pre = str(self.get("pre", default="default"))
-        if not isinstance(self.tokens, list) or (self.types and len(self.types) != len(self.tokens)):
-            raise self.fail("its list of tokens is damaged; fetch the file again")
+        if self.types and len(self.types) != len(self.tokens):
+            raise self.fail("its list of token types is damaged; fetch the file again")
 
     def fail(self, what: str) -> ModelError:
         return ModelError(f"{self.header.path}: the tokenizer cannot be used: {what}")
@@ -70,10 +71,23 @@ class Vocabulary:
             raise self.fail(f"metadata tokenizer.ggml.{name} is missing; use a GGUF file with its tokenizer inside")
         return value
 
+    def strings(self, name: str) -> list[str]:
+        value = self.get(name, required=True)
+        if not isinstance(value, list):
+            raise self.fail(f"its list of {name} is damaged; fetch the file again")
+        return value
+
+    def numbers(self, name: str, default: Any = None) -> Any:
+        """A numpy array of numbers, or the default; required where there is none."""
+        value = self.get(name, default, required=default is None)
+        if value is not default and not isinstance(value, np.ndarray):
+            raise self.fail(f"its list of {name} is damaged; fetch the file again")
+        return value
+
     def special(self, name: str) -> int | None:
         """The id of a named special token such as eos, if the file names it."""
         value: int | None = self.get(f"{name}_token_id")
-        if value is not None and not 0 <= value < len(self.tokens):
+        if value is not None and (not isinstance(value, int) or not 0 <= value < len(self.tokens)):
             raise self.fail(f"{name}_token_id {value} is outside the vocabulary; fetch the file again")
         return value
 
@@ -98,7 +112,8 @@ def build_tokenizer(header: GgufHeader) -> Tokenizer:
     set_template(backend, vocabulary)
     named = {name: vocabulary.special(key) for name, key in SPECIAL_NAMES.items()}
     special_tokens = {name: vocabulary.tokens[i] for name, i in named.items() if i is not None}
-    chat_template = header.metadata.get("tokenizer.chat_template")
+    template = header.metadata.get("tokenizer.chat_template")
+    chat_template = template if isinstance(template, str) else None
     return Tokenizer(backend, find_end_tokens(vocabulary, chat_template), chat_template, special_tokens)
 
 
@@ -127,7 +142,9 @@ def build_byte_level(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     """Byte-level BPE: the merges are in the file, the splitting of text into words is named by tokenizer.ggml.pre."""
     if vocabulary.pre not in SPLITS:
         raise vocabulary.fail(f"pre-tokenizer {vocabulary.pre!r} is not supported; these are: {', '.join(SPLITS)}")
-    merges = [tuple(merge.split(" ", 1)) for merge in vocabulary.get("merges", required=True)]
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.strings("merges"))]
+    if any(not right for _, right in merges):
+        raise vocabulary.fail("its merges are damaged; fetch the file again")
     numbers = {token: number for number, token in enumerate(vocabulary.tokens)}
     try:
         model = models.BPE(numbers, merges, ignore_merges=vocabulary.pre in WHOLE_WORDS)
@@ -150,7 +167,7 @@ def build_sentencepiece(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     Gemma's pieces lie in the order of their merging while their scores do not, so there the position is the score;
     its runs of spaces are stored as spaces instead of marks.
     """
-    tokens, scores = vocabulary.tokens, vocabulary.get("scores", required=True)
+    tokens, scores = vocabulary.tokens, vocabulary.numbers("scores")
     if len(scores) != len(tokens):
         raise vocabulary.fail("its list of scores is damaged; fetch the file again")
     if vocabulary.header.metadata.get("general.architecture") == "gemma3":

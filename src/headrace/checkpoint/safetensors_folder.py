@@ -43,9 +43,8 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         """Raises ModelError naming the file that is missing, damaged or refused."""
         self.path = path
-        self._raw_config = read_json(path / "config.json", "a model folder needs its config.json")
-        self.config = unwrap_config(self._raw_config)
         self._files = find_weight_files(path)
+        self.config = unwrap_config(read_json(path / "config.json", "a model folder needs its config.json"))
         self.nbytes = sum(file.stat().st_size for file in self._files)
         self._places = self._find_tensors()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
+import torch
 from torch import Tensor
 
 from headrace.cache.paged import PagedCache
@@ -81,6 +82,7 @@ class Engine:
             self._generations[generation.sequence.number] = generation
             self.state.add(generation.sequence)
 
+    @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Compute one batch of tokens; the requests that it finished."""
         plan = self.schedule.plan(self.state, self.state.limits)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -82,9 +80,3 @@ def make_cache(model: Model, options: EngineOptions, dtype: torch.dtype) -> Page
             f"kv_cache_bytes of {budget} holds no KV block: one block of this model takes {bytes_each} bytes"
         )
     return PagedCache(model.layout, num_blocks, config.kv_heads, config.head_size, dtype, options.device)
-
-
-def list_versions() -> dict[str, str]:
-    """Versions of Headrace and of what its results depend on."""
-    packages = ("headrace", "torch", "tokenizers", "llguidance")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -140,10 +140,10 @@ class BatchDrafter:
         given["logprobs"] = logprobs
         used = {name: value for name, value in given.items() if value is not None}
         fields.ignore("best_of", (1, used.get("n", self.defaults.n)))
-        if not fields.has("tools"):
-            fields.ignore("parallel_tool_calls", (True, False))
         for name, harmless in HARMLESS.items():
             fields.ignore(name, harmless)
+        if not fields.has("tools"):
+            fields.ignore("parallel_tool_calls", (True, False))
         for name in NO_EFFECT:
             fields.take(name)
         if not used:

@@ -37,7 +37,7 @@ def describe_run(
         "output_tokens_per_s": round(counts["output_tokens"] / seconds, 1),
         **{name: counts[name] for name in ("steps", "preemptions", *memory)},
         "peak_rss_bytes": peak_rss_bytes(),
-        "settings": dict(settings),
+        "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
         "versions": list_versions(),
         "model_hash": model_hash,
     }

@@ -70,7 +70,6 @@ class Model:
         """Bytes of all weights."""
         return self.embedding.nbytes + self.head.nbytes + sum(layer.nbytes for layer in self.layers)
 
-    @torch.inference_mode()
     def forward(self, batch: RaggedBatch, cache: PagedCache) -> Tensor:
         """Compute the batch, write its keys and values into the cache: hidden states [R, hidden] of the wanted rows."""
         kernels, config = self.kernels, self.config
@@ -93,7 +92,6 @@ class Model:
         wanted = residual[batch.logit_rows]
         return kernels.add_rms_norm(x[batch.logit_rows], wanted, self.final_norm, config.norm_eps)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [R, vocabulary] of hidden states [R, hidden]."""
         logits = self.head(hidden).float()

@@ -101,8 +101,9 @@ class _Draft:
         for sequence in self.state.waiting:
             if self.budget == 0 or len(self.admitted) >= places or deferred == LOOK_AHEAD:
                 return
-            # Fresh choices of one request have equal tokens: if one has to wait for its prefix, so do the next.
-            hit = None if sequence.request is skipped and not sequence.preemptions else self.ledger.match(sequence)
+            # Choices of one request that never ran have equal tokens: if one has to wait for its prefix, so do the
+            # next. (Preempted ones stand before them all.)
+            hit = None if sequence.request is skipped else self.ledger.match(sequence)
             if hit is None or self._promised(hit):
                 skipped = None if sequence.preemptions else sequence.request
                 deferred += 1

@@ -1,0 +1,71 @@
+"""Run one job again and again, killing it with SIGKILL at random instants, until it is complete. A program of its own.
+
+Each try is a fork of this process, which has loaded the code but computed nothing, so a try costs little. Prints a JSON
+object: how often it was killed, how many finished rows each try began with, and whether all of them stayed as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import sys
+import time
+from pathlib import Path
+
+from jobs import engine_options
+
+from headrace.job.run import run_job
+from headrace.options import RunOptions, SamplingOptions
+
+
+def read_rows(journal: Path) -> dict[int, bytes]:
+    if not journal.exists():
+        return {}
+    database = sqlite3.connect(f"file:{journal}?mode=ro", uri=True)
+    try:
+        return dict(database.execute("SELECT row, record FROM rows"))
+    except sqlite3.OperationalError:
+        return {}  # killed before the tables were made
+    finally:
+        database.close()
+
+
+def answer(model: Path, source: str, output: Path) -> None:
+    """In the fork: the whole job, and nothing of the parent's ending."""
+    code = 1
+    try:
+        options = RunOptions(quiet=True)
+        run_job(source, str(output), engine_options(model, max_sequences=6), SamplingOptions(max_tokens=24), options)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def main(model: Path, source: str, output: Path, kills: int) -> None:
+    source_of_delays = random.Random(7)
+    known: dict[int, bytes] = {}
+    begins, changed, killed, code = [], 0, 0, -1
+    while code != 0:
+        child = os.fork()
+        if child == 0:
+            answer(model, source, output)
+        if killed < kills:
+            time.sleep(source_of_delays.uniform(0.0, 0.12))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status)
+        code = 0 if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else -1
+        if os.WIFEXITED(status) and code != 0:
+            sys.exit(f"the job failed by itself after {killed} kills")
+        rows = read_rows(Path(f"{output}.journal"))
+        changed += sum(rows.get(row) != record for row, record in known.items())
+        begins.append(len(known))
+        known = rows
+    print(json.dumps({"killed": killed, "begins": begins, "changed": changed, "rows": len(known)}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))

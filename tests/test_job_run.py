@@ -1,0 +1,269 @@
+"""Whole jobs through the real engine and a tiny model: going on, equal rows, errors, reports."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from jobs import (
+    answer_of,
+    batch_row,
+    batch_rows,
+    engine_options,
+    read_lines,
+    run,
+    without_times,
+    write_lines,
+)
+
+from headrace.core import InputError, RowError
+from headrace.job.feed import MOST_PENDING, Feed
+from headrace.job.journal import Journal
+from headrace.job.progress import State, estimate_rest, format_progress, measure
+from headrace.job.run import run_job
+from headrace.job.sources import JsonLines, Row
+from headrace.job.stop import JobStopped
+from headrace.llm import LLM
+from headrace.meter.counters import Counters
+from headrace.options import RunOptions, SamplingOptions
+
+REPORT_KEYS = {
+    "requests", "succeeded", "failed", "prompt_tokens", "cached_prompt_tokens", "computed_prompt_tokens", "output_tokens",
+    "load_s", "wall_s", "total_tokens_per_s", "output_tokens_per_s", "steps", "preemptions", "kv_bytes_per_token",
+    "kv_peak_bytes", "kv_budget_bytes", "peak_rss_bytes", "settings", "versions", "model_hash",
+}  # fmt: skip
+
+
+def test_the_report_holds_what_is_promised(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [*batch_rows(6), batch_row("bad", "x", nonsense=1)]
+    report = run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    assert set(report) >= REPORT_KEYS
+    assert (report["requests"], report["succeeded"], report["failed"], report["rows_total"]) == (7, 6, 1, 7)
+    assert report["prompt_tokens"] == report["cached_prompt_tokens"] + report["computed_prompt_tokens"]
+    usage = [line["response"]["body"]["usage"] for line in read_lines(tmp_path / "out.jsonl")]
+    assert report["output_tokens"] == report["job"]["output_tokens"] == sum(each["completion_tokens"] for each in usage)
+    assert report["prompt_tokens"] == report["job"]["prompt_tokens"] == sum(each["prompt_tokens"] for each in usage)
+    assert report["settings"]["max_tokens"] == 4 and report["settings"]["precision"] == "fp32"
+    assert 0 < report["kv_peak_bytes"] <= report["kv_budget_bytes"] and report["peak_rss_bytes"] > 10**7
+
+
+def test_rows_come_out_in_the_order_of_the_input(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [batch_row(f"r{index}", "turn " * (37 * index % 23), max_tokens=1 + 7 * index % 11) for index in range(30)]
+    run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    assert [line["custom_id"] for line in read_lines(tmp_path / "out.jsonl")] == [f"r{index}" for index in range(30)]
+
+
+def test_equal_greedy_rows_are_computed_once(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [batch_row(f"r{index}", f"question {index % 3}") for index in range(30)]
+    rows += [batch_row(f"warm{index}", "question 0", temperature=1.0) for index in range(3)]
+    report = run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    lines = read_lines(tmp_path / "out.jsonl")
+    assert report["rows_shared"] == 27 and report["requests"] == 33
+    assert report["job"]["output_tokens"] == sum(
+        line["response"]["body"]["usage"]["completion_tokens"] for line in lines
+    )
+    assert report["output_tokens"] < report["job"]["output_tokens"]
+    assert all(answer_of(line) == answer_of(lines[index % 3]) for index, line in enumerate(lines[:30]))
+    alone = run(tiny_model, write_lines(tmp_path / "one.jsonl", rows[:1]), tmp_path / "one.out.jsonl")
+    assert alone["output_tokens"] == 4 and answer_of(read_lines(tmp_path / "one.out.jsonl")[0]) == answer_of(lines[0])
+
+
+def test_an_equal_row_is_answered_from_the_journal(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [batch_row("first", "same"), *batch_rows(600, max_tokens=1), batch_row("last", "same")]
+    report = run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    lines = read_lines(tmp_path / "out.jsonl")
+    assert report["rows_shared"] == 1 and answer_of(lines[0]) == answer_of(lines[-1])
+
+
+def test_a_complete_job_is_not_run_again(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", batch_rows(3)), tmp_path / "out.jsonl"
+    report = run(tiny_model, source, output)
+    written = output.stat().st_mtime_ns
+    assert run(tiny_model, source, output, quiet=False) == report
+    printed = capsys.readouterr()
+    assert output.stat().st_mtime_ns == written
+    assert "all 3 rows are answered already" in printed.err and "3 done, 3 succeeded, 0 failed" in printed.out
+    before = output.read_bytes()
+    output.unlink()
+    assert run(tiny_model, source, output) == report
+    assert output.read_bytes() == before
+
+
+def test_a_job_of_other_settings_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", batch_rows(3)), tmp_path / "out.jsonl"
+    run(tiny_model, source, output)
+    before = output.read_bytes()
+    with pytest.raises(InputError, match="max_tokens was 4 and is 5"):
+        run(tiny_model, source, output, {"max_tokens": 5})
+    with pytest.raises(InputError, match='unknown_fields was "error" and is "warn"'):
+        run(tiny_model, source, output, unknown_fields="warn")
+    write_lines(source, batch_rows(4))
+    with pytest.raises(InputError, match="input was "):
+        run(tiny_model, source, output)
+    assert output.read_bytes() == before
+    assert run(tiny_model, source, output, fresh=True)["requests"] == 4
+
+
+@pytest.mark.parametrize(("limit", "stops"), [("3", True), ("25%", True), ("4", False), ("30%", False)])
+def test_too_many_errors_stop_the_job(limit: str, stops: bool, tiny_model: Path, tmp_path: Path) -> None:
+    rows = [batch_row(f"bad{index}", "x", nonsense=1) for index in range(3)] + batch_rows(9)
+    source, output = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    if not stops:
+        assert run(tiny_model, source, output, max_errors=limit)["failed"] == 3
+        return
+    with pytest.raises(
+        JobStopped, match="3 rows failed, which --max-errors .* does not allow; the first is line 1: body"
+    ) as stop:
+        run(tiny_model, source, output, max_errors=limit)
+    assert stop.value.exit_code == 1 and not output.exists()
+    # Everything until then is kept: without the limit the job goes on from there.
+    report = run(tiny_model, source, output)
+    assert report["rows_resumed"] >= 3 and report["requests"] + report["rows_resumed"] == 12
+    assert len(read_lines(output)) == 9
+
+
+def test_standard_input_is_read_once_and_kept(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in [*batch_rows(4), batch_row("bad", "x", nonsense=1)]).encode()
+
+    def pipe(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+    pipe(text)
+    with pytest.raises(JobStopped):
+        run(tiny_model, "-", tmp_path / "out.jsonl", max_errors="1")
+    assert (tmp_path / "out.jsonl.input").read_bytes() == text
+    pipe(b"other\n")
+    with pytest.raises(InputError, match="standard input is not what .* has kept"):
+        run(tiny_model, "-", tmp_path / "out.jsonl")
+    pipe(b"")
+    assert run(tiny_model, "-", tmp_path / "out.jsonl")["job"]["rows"] == 5
+    assert not (tmp_path / "out.jsonl.input").exists()
+    pipe(b"")
+    with pytest.raises(InputError, match="standard input is empty"):
+        run(tiny_model, "-", tmp_path / "none.jsonl")
+
+
+def test_a_table_from_standard_input(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"text\nwheel\n")))
+    run(tiny_model, "-", tmp_path / "out.jsonl", prompt="{{ text }}")
+    assert read_lines(tmp_path / "out.jsonl")[0]["text"] == "wheel"
+
+
+def test_random_rows_depend_on_their_seed_and_id_only(tiny_model: Path, tmp_path: Path) -> None:
+    rows = batch_rows(6, temperature=1.0, seed=5)
+    run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", {"max_tokens": 12})
+    run(
+        tiny_model,
+        write_lines(tmp_path / "turned.jsonl", rows[::-1]),
+        tmp_path / "turned.out.jsonl",
+        {"max_tokens": 12},
+    )
+    assert without_times(tmp_path / "out.jsonl") == without_times(tmp_path / "turned.out.jsonl")[::-1]
+
+
+def test_a_row_too_long_fails_and_a_runs_default_is_lowered(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [batch_row("long", "a " * 5000), batch_row("own", "hello", max_tokens=1020), batch_row("default", "hello")]
+    report = run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", {"max_tokens": 1020})
+    errors = {line["custom_id"]: line["error"]["code"] for line in read_lines(tmp_path / "out.errors.jsonl")}
+    assert errors == {"long": "context_length", "own": "context_length"}
+    assert report["rows_shortened"] == 1 and len(read_lines(tmp_path / "out.jsonl")) == 1
+
+
+def test_an_impossible_schema_fails_its_row_only(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [batch_row("bad", "x", guided_regex="(unclosed"), batch_row("odd", "x", guided_json={"type": "nonsense"})]
+    report = run(tiny_model, write_lines(tmp_path / "in.jsonl", [*rows, *batch_rows(2)]), tmp_path / "out.jsonl")
+    errors = read_lines(tmp_path / "out.errors.jsonl")
+    assert [line["error"]["code"] for line in errors] == ["constraint", "constraint"] and report["succeeded"] == 2
+
+
+def test_what_is_said_is_said_once(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = batch_rows(9, model="gpt-x", audio={"a": 1})
+    run(
+        tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", unknown_fields="warn", quiet=False
+    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("rows ask for the model 'gpt-x'; tiny answers them") == 1
+    assert said.count("body.audio: not supported, ignored") == 1
+    body = read_lines(tmp_path / "out.jsonl")[8]["response"]["body"]
+    assert (body["model"], body["warnings"]) == ("gpt-x", ["body.audio: not supported, ignored"])
+
+
+def test_json_progress_is_lines_of_json(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_lines(tmp_path / "in.jsonl", batch_rows(3))
+    report = run(tiny_model, source, tmp_path / "out.jsonl", quiet=False, json=True)
+    printed = capsys.readouterr()
+    events = [json.loads(line) for line in printed.out.splitlines()]
+    assert printed.err == "" and [event["event"] for event in events] == ["progress", "report"]
+    assert (events[0]["rows_done"], events[0]["rows_total"], events[0]["errors"]) == (3, 3, 0)
+    assert {name: value for name, value in events[1].items() if name != "event"} == report
+
+
+def test_quiet_prints_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny_model, write_lines(tmp_path / "in.jsonl", batch_rows(2)), tmp_path / "out.jsonl")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_time_to_go_weighs_rows_by_their_tokens() -> None:
+    state = State(rows_total=100, rows_done=30, errors=0, rows_before=20, finished_tokens=1000)
+    # Ten rows took 100 tokens each; 70 are to come, of which 500 tokens are done already, at 1,500 tokens in 30 s.
+    assert estimate_rest(state, 1500, 30.0) == (7000 - 500) / 1500 * 30
+    assert estimate_rest(State(100, 20, 0, 20), 50, 3.0) is None
+    assert estimate_rest(State(100, 60, 40, 20), 0, 4.0) == 4.0
+    counters = Counters(
+        prompt_tokens=1000, cached_prompt_tokens=250, output_tokens=500, kv_used_bytes=2**20, kv_budget_bytes=2**21
+    )
+    line = format_progress(measure(state, counters, 30.0))
+    assert line == (
+        "30/100 rows (30%), 0 errors | 33 prompt + 17 output tokens/s | 25% of prompts cached | "
+        "KV 1.0 MiB of 2.0 MiB | 30.0 s, 2 min 10 s to go"
+    )
+
+
+class CountingDrafter:
+    """A real drafter's rows, counting how many were asked for."""
+
+    def __init__(self, drafter: Any) -> None:
+        self.drafter = drafter
+        self.asked = 0
+
+    def name(self, row: Row) -> str:
+        self.asked += 1
+        return str(self.drafter.name(row))
+
+    def draft(self, row: Row, row_id: str) -> Any:
+        return self.drafter.draft(row, row_id)
+
+
+@pytest.mark.parametrize("kind", ["equal", "different", "wrong"])
+def test_reading_pauses_however_long_the_input_is(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    from headrace.core import SamplingParams
+    from headrace.job.openai import BatchDrafter
+
+    def rows() -> Any:
+        for index in range(10**9):
+            body: dict[str, Any] = {"prompt": [5, 6, 7] if kind == "equal" else [5 + index % 300, 5 + index // 300]}
+            record = {"custom_id": str(index), "method": "POST", "url": "/v1/completions", "body": body}
+            yield Row(index, index + 1, record, RowError("bad", "bad") if kind == "wrong" else None)
+
+    with LLM(**vars(engine_options(tiny_model))) as llm:
+        drafter = CountingDrafter(BatchDrafter(llm.tokenizer, SamplingParams(max_tokens=2), "error"))
+        feed = Feed(rows(), drafter, llm.engine, llm.tokenizer, Journal(tmp_path / "journal"))
+        finished = feed.top_up(16)
+        assert len(finished) == (256 if kind == "wrong" else 0)
+        assert drafter.asked == {"equal": MOST_PENDING, "different": 256, "wrong": 0}[kind]
+        assert llm.engine.unfinished == {"equal": 1, "different": 256, "wrong": 0}[kind]
+
+
+def test_a_library_call_is_a_whole_job(tiny_model: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", batch_rows(2))
+    options = engine_options(tiny_model)
+    report = run_job(str(source), str(tmp_path / "out.jsonl"), options, SamplingOptions(), RunOptions(quiet=True))
+    assert report["job"]["rows"] == 2 and JsonLines(tmp_path / "out.jsonl").count() == 2
+    assert not (tmp_path / "out.jsonl.lock").exists()

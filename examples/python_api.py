@@ -1,4 +1,4 @@
-"""The Python API in one file: generate, chat, stream, score, report. Run it with `.venv/bin/python examples/python_api.py`."""
+"""The Python API in one file: generate, chat, stream, score, report. Run: `.venv/bin/python examples/python_api.py`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Run one job again and again, killing it with SIGKILL at random instants, until it is complete. A program of its own.
 
 Each try is a fork of this process, which has loaded the code but computed nothing, so a try costs little. Prints a JSON
-object: how often it was killed, how many finished rows each try began with, and whether all of them stayed as they were.
+object: how often it was killed, how many finished rows each try began with, and how many of those changed.
 """
 
 from __future__ import annotations
@@ -10,27 +10,14 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import sys
 import time
 from pathlib import Path
 
-from jobs import engine_options
+from jobs import engine_options, read_journal
 
 from headrace.job.run import run_job
 from headrace.options import RunOptions, SamplingOptions
-
-
-def read_rows(journal: Path) -> dict[int, bytes]:
-    if not journal.exists():
-        return {}
-    database = sqlite3.connect(f"file:{journal}?mode=ro", uri=True)
-    try:
-        return dict(database.execute("SELECT row, record FROM rows"))
-    except sqlite3.OperationalError:
-        return {}  # killed before the tables were made
-    finally:
-        database.close()
 
 
 def answer(model: Path, source: str, output: Path) -> None:
@@ -60,7 +47,7 @@ def main(model: Path, source: str, output: Path, kills: int) -> None:
         code = 0 if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else -1
         if os.WIFEXITED(status) and code != 0:
             sys.exit(f"the job failed by itself after {killed} kills")
-        rows = read_rows(Path(f"{output}.journal"))
+        rows = read_journal(output)
         changed += sum(rows.get(row) != record for row, record in known.items())
         begins.append(len(known))
         known = rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,17 @@ def without_times(path: Path) -> Rows:
 
 def answer_of(line: dict[str, Any]) -> str:
     return str(line["response"]["body"]["choices"][0]["message"]["content"])
+
+
+def read_journal(output: Path) -> dict[int, bytes]:
+    """The finished rows of a job, which another process may be writing at this instant."""
+    journal = Path(f"{output}.journal")
+    if not journal.exists():
+        return {}
+    database = sqlite3.connect(f"file:{journal}?mode=ro", uri=True)
+    try:
+        return dict(database.execute("SELECT row, record FROM rows"))
+    except sqlite3.OperationalError:
+        return {}  # its tables are not made yet
+    finally:
+        database.close()

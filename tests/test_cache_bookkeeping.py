@@ -218,3 +218,20 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_no_more_than_retain_blocks_stay_unheld() -> None:
+    """Memory follows the work: sequences that have gone leave at most this many blocks behind, the newest."""
+    ledger = KVLedger(CacheLayout.from_windows([None], 4), 64, retain_blocks=5)
+    for number in range(6):
+        tokens = [number * 100 + index for index in range(17)]
+        sequence = Sequence(Request(str(number), tuple(tokens), SamplingParams()), 0, number, tokens)
+        ledger.admit(sequence, 0)
+        ledger.grow(sequence, 16)
+        sequence.computed = 16
+        ledger.publish(sequence)
+        ledger.check([sequence])
+        ledger.release(sequence)
+        ledger.check([])
+        assert ledger.pool.evictable == min(5, 4 * (number + 1))
+    assert len(ledger.match(sequence).nodes) == 4

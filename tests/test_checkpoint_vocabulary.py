@@ -1,4 +1,4 @@
-"""Tokenizers built from GGUF metadata: splitting, special tokens, SentencePiece, and what is wrong with unusable ones."""
+"""Tokenizers built from GGUF metadata: splitting, special tokens, SentencePiece, and unusable ones."""
 
 from __future__ import annotations
 

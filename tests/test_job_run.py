@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +22,10 @@ from jobs import (
     write_lines,
 )
 
-from headrace.core import InputError, RowError
+from headrace.core import InputError, RowError, SamplingParams
 from headrace.job.feed import MOST_PENDING, Feed
 from headrace.job.journal import Journal
+from headrace.job.openai import BatchDrafter
 from headrace.job.progress import State, estimate_rest, format_progress, measure
 from headrace.job.run import run_job
 from headrace.job.sources import JsonLines, Row
@@ -33,8 +35,8 @@ from headrace.meter.counters import Counters
 from headrace.options import RunOptions, SamplingOptions
 
 REPORT_KEYS = {
-    "requests", "succeeded", "failed", "prompt_tokens", "cached_prompt_tokens", "computed_prompt_tokens", "output_tokens",
-    "load_s", "wall_s", "total_tokens_per_s", "output_tokens_per_s", "steps", "preemptions", "kv_bytes_per_token",
+    "requests", "succeeded", "failed", "prompt_tokens", "cached_prompt_tokens", "computed_prompt_tokens",
+    "output_tokens", "load_s", "wall_s", "total_tokens_per_s", "output_tokens_per_s", "steps", "preemptions", "kv_bytes_per_token",
     "kv_peak_bytes", "kv_budget_bytes", "peak_rss_bytes", "settings", "versions", "model_hash",
 }  # fmt: skip
 
@@ -117,7 +119,7 @@ def test_too_many_errors_stop_the_job(limit: str, stops: bool, tiny_model: Path,
         assert run(tiny_model, source, output, max_errors=limit)["failed"] == 3
         return
     with pytest.raises(
-        JobStopped, match="3 rows failed, which --max-errors .* does not allow; the first is line 1: body"
+        JobStopped, match=r"3 rows failed, which --max-errors .* does not allow; the first is line 1: body"
     ) as stop:
         run(tiny_model, source, output, max_errors=limit)
     assert stop.value.exit_code == 1 and not output.exists()
@@ -140,7 +142,7 @@ def test_standard_input_is_read_once_and_kept(
         run(tiny_model, "-", tmp_path / "out.jsonl", max_errors="1")
     assert (tmp_path / "out.jsonl.input").read_bytes() == text
     pipe(b"other\n")
-    with pytest.raises(InputError, match="standard input is not what .* has kept"):
+    with pytest.raises(InputError, match=r"standard input is not what .* has kept"):
         run(tiny_model, "-", tmp_path / "out.jsonl")
     pipe(b"")
     assert run(tiny_model, "-", tmp_path / "out.jsonl")["job"]["rows"] == 5
@@ -243,9 +245,6 @@ class CountingDrafter:
 
 @pytest.mark.parametrize("kind", ["equal", "different", "wrong"])
 def test_reading_pauses_however_long_the_input_is(kind: str, tiny_model: Path, tmp_path: Path) -> None:
-    from headrace.core import SamplingParams
-    from headrace.job.openai import BatchDrafter
-
     def rows() -> Any:
         for index in range(10**9):
             body: dict[str, Any] = {"prompt": [5, 6, 7] if kind == "equal" else [5 + index % 300, 5 + index // 300]}
@@ -267,3 +266,26 @@ def test_a_library_call_is_a_whole_job(tiny_model: Path, tmp_path: Path) -> None
     report = run_job(str(source), str(tmp_path / "out.jsonl"), options, SamplingOptions(), RunOptions(quiet=True))
     assert report["job"]["rows"] == 2 and JsonLines(tmp_path / "out.jsonl").count() == 2
     assert not (tmp_path / "out.jsonl.lock").exists()
+
+
+def test_200_000_rows_stream_in_bounded_memory(tiny_model: Path, tmp_path: Path) -> None:
+    """In a process of its own, for the peak that a process reports is that of its whole life."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom jobs import run\nmodel, source, output = map(Path, sys.argv[1:])\n"
+        "report = run(model, source, output, {'max_tokens': 1}, prompt='{{ text }}', chat=False)\n"
+        "print(report['peak_rss_bytes'], report['job']['succeeded'])\n"
+    )
+    found = []
+    for count in (100, 200_000):
+        source, output = tmp_path / f"{count}.csv", tmp_path / f"{count}.out.csv"
+        with source.open("w") as file:
+            file.write("id,text\n")
+            file.writelines(f"{index},wheel {index % 100} turns\n" for index in range(count))
+        command = [sys.executable, "-c", script, str(tiny_model), str(source), str(output)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+        peak, succeeded = map(int, result.stdout.split())
+        assert succeeded == count
+        with output.open() as file:
+            assert sum(1 for _ in file) == count + 1
+        found.append(peak)
+    assert found[1] - found[0] < 300 * 2**20

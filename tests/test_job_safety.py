@@ -14,13 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import batch_rows, engine_options, read_lines, run, without_times, write_lines
+from jobs import batch_rows, read_journal, read_lines, run, without_times, write_lines
 
 from headrace.core import InputError
-from headrace.job.journal import Journal
-from headrace.job.run import run_job
 from headrace.job.stop import JobStopped, StopSignals, lock_output, take_lock
-from headrace.options import RunOptions, SamplingOptions
 
 HERE = Path(__file__).parent
 PROGRAM = [sys.executable, "-c", "import sys; from headrace.cli import main; sys.exit(main())"]
@@ -32,22 +29,10 @@ def command(model: Path, source: Path, output: Path, *flags: str) -> list[str]:
     return [*PROGRAM, "run", str(source), "-o", str(output), "--model", str(model), *fixed, *flags]
 
 
-def saved_rows(output: Path) -> int:
-    """How many rows the journal has, read while another process may write it."""
-    if not Path(f"{output}.journal").exists():
-        return 0
-    journal = Journal(Path(f"{output}.journal"))
-    try:
-        return journal.totals().rows
-    finally:
-        journal.close()
-
-
 def wait_for_rows(output: Path, count: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
-        # The journal may be half made at this instant; then there are no rows yet.
-        if Path(f"{output}.journal-wal").exists() and saved_rows(output) >= count:
+        if len(read_journal(output)) >= count:
             return
         time.sleep(0.01)
     raise AssertionError(f"the job ended too early: {process.communicate()}")
@@ -84,13 +69,15 @@ def test_an_interrupt_saves_and_says_how_to_go_on(number: int, tiny_model: Path,
         process.send_signal(number)
         assert process.stderr is not None
         said = process.stderr.read()
-    rows = saved_rows(output)
+    rows = len(read_journal(output))
     assert process.returncode == 130 and 0 < rows < 600
     assert "finishing this step and saving; press Ctrl-C again to stop at once" in said
     last = said.splitlines()[-1]
     assert last.startswith(f"headrace: error: interrupted: {rows:,} of 600 rows are saved in {output}.journal")
     assert last.endswith("run the same command again to go on") and "Traceback" not in said
     assert not output.exists() and not Path(f"{output}.lock").exists()
+    report = run(tiny_model, source, output, {"max_tokens": 24})
+    assert report["rows_resumed"] == rows and report["requests"] == 600 - rows
 
 
 def test_a_second_interrupt_stops_at_once() -> None:
@@ -130,16 +117,15 @@ def test_two_runs_on_one_output_the_second_refuses(tiny_model: Path, tmp_path: P
             run(tiny_model, source, output, {"max_tokens": 24}, fresh=True)
         process.kill()
     # A lock dies with its process, whatever happened to it.
-    assert saved_rows(output) > 0 and Path(f"{output}.lock").exists()
+    assert len(read_journal(output)) > 0 and Path(f"{output}.lock").exists()
     report = run(tiny_model, source, output, {"max_tokens": 24})
     assert report["rows_resumed"] > 0 and len(read_lines(output)) == 600
 
 
 def test_a_lock_on_a_removed_file_is_no_lock(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with lock_output(output):
-        with pytest.raises(InputError, match=f"process {os.getpid()}"):
-            take_lock(tmp_path / "out.lock", output)
+    with lock_output(output), pytest.raises(InputError, match=f"process {os.getpid()}"):
+        take_lock(tmp_path / "out.lock", output)
     assert not (tmp_path / "out.lock").exists()
     with lock_output(output):
         assert (tmp_path / "out.lock").read_text() == f"{os.getpid()}\n"
@@ -165,7 +151,7 @@ def test_a_full_disk_keeps_what_is_finished(small_disk: Path, tiny_model: Path, 
     message = str(stopped.value)
     assert stopped.value.exit_code == 3 and "\n" not in message
     assert message.startswith(f"cannot write beside {output}: ") and "run the same command again" in message
-    saved = saved_rows(output)
+    saved = len(read_journal(output))
     assert 0 < saved < 700 and not output.exists()
     subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
     report = run(tiny_model, source, output)
@@ -178,7 +164,7 @@ def test_a_disk_full_at_the_end_leaves_the_old_output(small_disk: Path, tiny_mod
     source, output = write_lines(tmp_path / "in.jsonl", batch_rows(150, logprobs=True)), small_disk / "out.jsonl"
     with pytest.raises(JobStopped, match="no space left on device"):
         run(tiny_model, source, output)
-    assert saved_rows(output) == 150 and [path.name for path in small_disk.glob("*.part")] == []
+    assert len(read_journal(output)) == 150 and [path.name for path in small_disk.glob("*.part")] == []
     subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
     assert run(tiny_model, source, output)["rows_resumed"] == 150 and len(read_lines(output)) == 150
 
@@ -193,7 +179,7 @@ def test_a_file_size_limit_ends_in_one_line(tiny_model: Path, tmp_path: Path) ->
     result = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit)
     assert result.returncode == 3 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith(f"headrace: error: cannot write beside {output}: ")
-    saved = saved_rows(output)
+    saved = len(read_journal(output))
     assert saved > 0
     assert run(tiny_model, source, output, {"max_tokens": 24})["rows_resumed"] == saved
 
@@ -216,24 +202,3 @@ def test_a_folder_without_the_right_to_write_is_said_at_once(tiny_model: Path, t
     closed.mkdir(mode=0o500)
     with pytest.raises(JobStopped, match="permission denied"):
         run(tiny_model, source, closed / "out.jsonl")
-
-
-def test_the_output_is_the_same_after_every_way_of_stopping(tiny_model: Path, tmp_path: Path) -> None:
-    """Stopped after each few rows by an interrupt, and gone on with, in one process."""
-    source = write_lines(tmp_path / "in.jsonl", batch_rows(40))
-    run(tiny_model, source, tmp_path / "calm.jsonl", {"max_tokens": 12})
-    runs = 0
-    while not (tmp_path / "out.jsonl").exists():
-        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        try:
-            options = engine_options(tiny_model, max_sequences=4)
-            sampling, quiet = SamplingOptions(max_tokens=12), RunOptions(quiet=True)
-            with StopSignals():
-                run_job(str(source), str(tmp_path / "out.jsonl"), options, sampling, quiet)
-        except JobStopped as stopped:
-            assert stopped.exit_code == 130
-        timer.join()
-        runs += 1
-    assert runs > 1
-    assert without_times(tmp_path / "out.jsonl") == without_times(tmp_path / "calm.jsonl")

@@ -289,11 +289,16 @@ def test_chat_body_becomes_prompt_and_parameters(tokenizer: Tokenizer) -> None:
         chat(
             messages=[
                 {"role": "developer", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "two"}], "name": "x"},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "two"}],
+                    "name": "x",
+                },
             ],
-            model="m", max_completion_tokens=7, temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, n=2, seed=3, stop="END",
-            presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.1, logit_bias={"5": -3}, logprobs=True,
-            top_logprobs=2, min_tokens=1, stop_token_ids=[9], ignore_eos=True, user="u", metadata={"a": "b"}, store=True,
+            model="m", max_completion_tokens=7, temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, n=2, seed=3,
+            stop="END", presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.1, logit_bias={"5": -3}, logprobs=True,
+            top_logprobs=2, min_tokens=1, stop_token_ids=[9], ignore_eos=True, user="u", metadata={"a": "b"},
+            store=True,
             service_tier="auto", stream=False, tools=[], tool_choice="none", parallel_tool_calls=True, best_of=2,
             response_format={"type": "text"}, include_stop_str_in_output=True, skip_special_tokens=False, suffix=None,
         ),

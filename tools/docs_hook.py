@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from headrace.cli.settings import Setting, all_settings
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+from headrace.cli.settings import Setting, all_settings
 
 INTRODUCTION = """# Settings
 

@@ -30,6 +30,11 @@ class BlockPool:
         """Blocks that nobody holds, free or evictable."""
         return len(self._free) + len(self._evictable)
 
+    @property
+    def evictable(self) -> int:
+        """Cached blocks that nobody holds."""
+        return len(self._evictable)
+
     def allocate(self) -> int | None:
         """A free block, now held once; None if there is none (evict first)."""
         if not self._free:

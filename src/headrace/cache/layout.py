@@ -1,4 +1,4 @@
-"""Which layers keep their KV in which cache group, so that one pool of equal blocks serves them all. Imports no torch."""
+"""Which layers keep their KV in which cache group, so that one pool of equal blocks serves all of them."""
 
 from __future__ import annotations
 

@@ -36,13 +36,17 @@ class KVLedger:
 
     A block is one content: where two sequences have computed equal blocks, the later one takes the tree's block into
     its table and gives its own back, so whoever holds a block holds the tree's blocks of all its parents too.
+    At most `retain_blocks` blocks that nobody holds stay in the tree (None: as many as the pool has room for).
     """
 
-    def __init__(self, layout: CacheLayout, num_blocks: int, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, layout: CacheLayout, num_blocks: int, prefix_cache: bool = True, retain_blocks: int | None = None
+    ) -> None:
         self.layout = layout
         self.pool = BlockPool(num_blocks)
         self.tree = PrefixTree(layout)
         self.prefix_cache = prefix_cache
+        self.retain_blocks = num_blocks if retain_blocks is None else retain_blocks
         self.full_groups = [index for index, group in enumerate(layout.groups) if group.window is None]
         self.windowed = [(index, group.window) for index, group in enumerate(layout.groups) if group.window is not None]
         self.holdings: dict[int, Holding] = {}
@@ -159,6 +163,7 @@ class KVLedger:
                 self._drop(table[position], group, sequence.number)
                 table[position] = ABSENT
             slid[index] = max(slid[index], first)
+        self._trim()
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from a sequence, the last first: so a parent in the tree is never older than its children."""
@@ -171,6 +176,16 @@ class KVLedger:
         if holding.promise is not None:
             self.tree.fulfil(holding.promise)
         self.tree.unpin(holding.node)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Evict the least recently used unheld blocks down to `retain_blocks`: memory follows the work, not the file."""
+        while self.pool.evictable > self.retain_blocks:
+            self._evict()
+
+    def _evict(self) -> None:
+        for block in reversed(self.tree.forget(self.pool.oldest_evictable())):
+            self.pool.uncache(block)
 
     def _renew_promise(self, sequence: Sequence, holding: Holding) -> None:
         """Promise the block after the published ones, if all its tokens are known and it can be found again."""
@@ -197,8 +212,7 @@ class KVLedger:
     def _allocate(self, group: int, number: int) -> int:
         block = self.pool.allocate()
         if block is None:
-            for dropped in reversed(self.tree.forget(self.pool.oldest_evictable())):
-                self.pool.uncache(dropped)
+            self._evict()
             block = self.pool.allocate()
         assert block is not None  # the evicted block is free
         self._holders[block] = number

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ class PagedCache:
     keys    [blocks, kv heads, head size, block size]: scores are computed for many keys at once
     values  [blocks, kv heads, block size, head size]: outputs are computed for many head elements at once
 
-    Zero-filled: the operating system gives memory as blocks are first written, so an unused budget costs nothing.
+    Zero-filled, on a CPU by the operating system as blocks are first touched: an unused budget costs no memory.
     """
 
     def __init__(
@@ -27,8 +30,8 @@ class PagedCache:
         key_shape = (num_blocks, kv_heads, head_size, layout.block_size)
         value_shape = (num_blocks, kv_heads, layout.block_size, head_size)
         layers = range(layout.layers_per_group)
-        self.keys = [torch.zeros(key_shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(value_shape, dtype=dtype, device=device) for _ in layers]
+        self.keys = [make_zeros(key_shape, dtype, device) for _ in layers]
+        self.values = [make_zeros(value_shape, dtype, device) for _ in layers]
 
     @property
     def bytes_per_token(self) -> int:
@@ -44,3 +47,10 @@ class PagedCache:
 def block_bytes(layout: CacheLayout, kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of block_size tokens in one group's layers."""
     return 2 * layout.layers_per_group * layout.block_size * kv_heads * head_size * dtype.itemsize
+
+
+def make_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Zeros of this shape. torch.zeros would write, and so take, all of the memory at once; numpy's come as touched."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -47,7 +47,7 @@ class Checkpoint(Protocol):
         ...
 
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises ModelError if it is missing or of an unsupported kind."""
+        """The model's tokenizer, built once. Raises ModelError if it is missing or of an unsupported kind."""
         ...
 
     def hash(self) -> str:

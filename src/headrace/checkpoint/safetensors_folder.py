@@ -80,6 +80,10 @@ class SafetensorsCheckpoint:
         return tensor
 
     def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
         path = self.path / "tokenizer.json"
         if not path.is_file():
             raise ModelError(

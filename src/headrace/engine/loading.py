@@ -47,7 +47,8 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     )
     model = load_model(checkpoint, kernels, settings)
     cache = make_cache(model, options, DTYPES[precision])
-    state = SchedulerState.create(cache.layout, cache.num_blocks, options, model.config.context_length)
+    context = model.config.context_length
+    state = SchedulerState.create(cache.layout, cache.num_blocks, options, context, cache.block_bytes)
     tokenizer = checkpoint.tokenizer()
     engine = Engine(model, tokenizer, cache, state, FirstComeFirstServed(), options.seed)
     resolved = asdict(options) | {

@@ -42,10 +42,15 @@ class SchedulerState:
 
     @classmethod
     def create(
-        cls, layout: CacheLayout, num_blocks: int, options: EngineOptions, context_length: int | None = None
+        cls,
+        layout: CacheLayout,
+        num_blocks: int,
+        options: EngineOptions,
+        context_length: int | None = None,
+        block_bytes: int = 1,
     ) -> SchedulerState:
         """An empty state over a pool of `num_blocks` blocks; no sequence will grow beyond `context_length` tokens."""
-        ledger = KVLedger(layout, num_blocks, options.prefix_cache)
+        ledger = KVLedger(layout, num_blocks, options.prefix_cache, options.prefix_retain_bytes // block_bytes)
         return cls(ledger, Limits(options.step_tokens, options.max_sequences), LengthForecast(context_length))
 
     def add(self, sequence: Sequence) -> None:

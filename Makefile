@@ -26,6 +26,7 @@ help:
 run: .make/package
 	$(VENV)/headrace pull smollm2-135m
 	$(VENV)/headrace run examples/pile.jsonl -o results.jsonl
+	@echo "answers: results.jsonl, report: results.jsonl.report.json"
 
 test: .make/dev
 	$(VENV)/python -m pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class RaggedDriver:
         borders = np.cumsum([0, *lengths.values()])
         for number, length in lengths.items():
             self.sequences[number].computed += length
-        pieces = (logits[start:end] for start, end in zip(borders, borders[1:], strict=False))
+        pieces = (logits[start:end] for start, end in pairwise(borders))
         return dict(zip(lengths, pieces, strict=True))
 
     def slide(self, number: int) -> None:

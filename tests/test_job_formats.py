@@ -182,7 +182,8 @@ def test_a_schemas_properties_become_typed_columns(tiny_model: Path, tmp_path: P
     ("definition", "kind"),
     [
         ({"type": "string"}, "string"), ({"type": ["null", "number"]}, "number"),
-        ({"type": ["string", "number"]}, None), ({"type": "object"}, None), ({"anyOf": []}, None), (True, None), ({"enum": ["a", None]}, "string"),
+        ({"type": ["string", "number"]}, None), ({"type": "object"}, None), ({"anyOf": []}, None),
+        (True, None), ({"enum": ["a", None]}, "string"),
         ({"enum": ["a", 1]}, None), ({"const": True}, "boolean"), ({"const": 1.5}, "number"),
     ],
 )  # fmt: skip
@@ -194,7 +195,8 @@ def test_types_of_properties(definition: Any, kind: str | None) -> None:
     ("value", "kind", "cell"),
     [
         (1, "integer", 1), (1.0, "integer", 1), (1.5, "integer", None), (2**63, "integer", None),
-        (True, "integer", None), (1, "number", 1.0), ("1", "number", None), (1, "boolean", None), (False, "boolean", False), (5, "string", None),
+        (True, "integer", None), (1, "number", 1.0), ("1", "number", None), (1, "boolean", None),
+        (False, "boolean", False), (5, "string", None),
         ({"a": [1]}, None, '{"a":[1]}'), ("a", None, '"a"'), (None, "string", None),
     ],
 )  # fmt: skip

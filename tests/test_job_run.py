@@ -23,7 +23,7 @@ from jobs import (
 )
 
 from headrace.core import InputError, RowError, SamplingParams
-from headrace.job.feed import MOST_PENDING, Feed
+from headrace.job.feed import MOST_PENDING, Feed, Flow
 from headrace.job.journal import Journal
 from headrace.job.openai import BatchDrafter
 from headrace.job.progress import State, estimate_rest, format_progress, measure
@@ -36,8 +36,8 @@ from headrace.options import RunOptions, SamplingOptions
 
 REPORT_KEYS = {
     "requests", "succeeded", "failed", "prompt_tokens", "cached_prompt_tokens", "computed_prompt_tokens",
-    "output_tokens", "load_s", "wall_s", "total_tokens_per_s", "output_tokens_per_s", "steps", "preemptions", "kv_bytes_per_token",
-    "kv_peak_bytes", "kv_budget_bytes", "peak_rss_bytes", "settings", "versions", "model_hash",
+    "output_tokens", "load_s", "wall_s", "total_tokens_per_s", "output_tokens_per_s", "steps", "preemptions",
+    "kv_bytes_per_token", "kv_peak_bytes", "kv_budget_bytes", "peak_rss_bytes", "settings", "versions", "model_hash",
 }  # fmt: skip
 
 
@@ -213,18 +213,18 @@ def test_quiet_prints_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_time_to_go_weighs_rows_by_their_tokens() -> None:
-    state = State(rows_total=100, rows_done=30, errors=0, rows_before=20, finished_tokens=1000)
-    # Ten rows took 100 tokens each; 70 are to come, of which 500 tokens are done already, at 1,500 tokens in 30 s.
-    assert estimate_rest(state, 1500, 30.0) == (7000 - 500) / 1500 * 30
-    assert estimate_rest(State(100, 20, 0, 20), 50, 3.0) is None
-    assert estimate_rest(State(100, 60, 40, 20), 0, 4.0) == 4.0
-    counters = Counters(
-        prompt_tokens=1000, cached_prompt_tokens=250, output_tokens=500, kv_used_bytes=2**20, kv_budget_bytes=2**21
-    )
-    line = format_progress(measure(state, counters, 30.0))
-    assert line == (
-        "30/100 rows (30%), 0 errors | 33 prompt + 17 output tokens/s | 25% of prompts cached | "
-        "KV 1.0 MiB of 2.0 MiB | 30.0 s, 2 min 10 s to go"
+    flow = Flow(rows=40, prompt_tokens=4000, output_tokens=100)
+    state = State(rows_total=100, rows_done=30, errors=0, rows_before=20, flow=flow)
+    # 80 rows of 100 prompt tokens, of which 3,000 are done; of 10 output tokens, of which 300 are done; in 33 s.
+    assert estimate_rest(state, 3000, 300, 33.0) == (8000 - 3000 + 800 - 300) / 3300 * 33
+    assert estimate_rest(State(100, 20, 0, 20, flow), 3000, 300, 3.0) is None
+    assert estimate_rest(State(100, 60, 40, 20), 0, 0, 4.0) == 4.0
+    assert estimate_rest(State(30, 30, 0, 20, Flow(10, 1000, 100)), 1000, 100, 4.0) == 0.0
+    counters = Counters(computed_prompt_tokens=2250, cached_prompt_tokens=750, output_tokens=300)
+    counters.kv_used_bytes, counters.kv_budget_bytes = 2**20, 2**21
+    assert format_progress(measure(state, counters, 33.0)) == (
+        "30/100 rows (30%), 0 errors | 91 prompt + 9 output tokens/s | 25% of prompts cached | "
+        "KV 1.0 MiB of 2.0 MiB | 33.0 s, 55.0 s to go"
     )
 
 

@@ -1,4 +1,4 @@
-"""The C++ kernels against plain torch, on every instruction set of this machine; in float32 a row's bits stand alone."""
+"""The C++ kernels against plain torch, on every instruction set of this machine; in float32 a row stands alone."""
 
 from __future__ import annotations
 
@@ -121,13 +121,20 @@ def make_case(
     return keys, values, RaggedBatch(none, positions, starts, contexts, (table,), (none,), none)
 
 
-SPECS = [AttentionSpec(0.2), AttentionSpec(0.3, window=9), AttentionSpec(0.3, window=40), AttentionSpec(0.5, soft_cap=3.0)]
+SPECS = [
+    AttentionSpec(0.2),
+    AttentionSpec(0.3, window=9),
+    AttentionSpec(0.3, window=40),
+    AttentionSpec(0.5, soft_cap=3.0),
+]
 MIXED = [(1, 1), (70, 1), (33, 33), (64, 20), (100, 37), (16, 1), (17, 2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS, ids=["plain", "window 9", "window 40", "soft cap"])
-@pytest.mark.parametrize(("heads", "kv_heads", "head", "size"), [(9, 3, 64, 32), (4, 4, 16, 16), (8, 1, 80, 48), (2, 1, 256, 16)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head", "size"), [(9, 3, 64, 32), (4, 4, 16, 16), (8, 1, 80, 48), (2, 1, 256, 16)]
+)
 def test_attention(heads: int, kv_heads: int, head: int, size: int, spec: AttentionSpec, dtype: torch.dtype) -> None:
     keys, values, batch = make_case(MIXED, kv_heads, head, size, dtype)
     queries = torch.randn(len(batch.positions), heads + 2, head).to(dtype)[:, 1 : heads + 1]

@@ -50,13 +50,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
     ("Llama", {"rope_parameters": LLAMA3}),
     ("Llama", {"rope_parameters": YARN}),
-    ("Llama", {"rope_parameters": YARN | {"attention_factor": 1.2, "beta_fast": 16, "beta_slow": 2, "truncate": False}}),
+    (
+        "Llama",
+        {"rope_parameters": YARN | {"attention_factor": 1.2, "beta_fast": 16, "beta_slow": 2, "truncate": False}},
+    ),
     ("Mistral", {"sliding_window": None}),
     ("Mistral", {"sliding_window": 9, "head_dim": 32}),
     ("Qwen2", {"head_dim": 8}),
     (
         "Qwen2",
-        {"head_dim": 8, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        {
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 1,
+        },
     ),
     ("Qwen3", {}),
     ("Qwen3", {"tie_word_embeddings": True, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 4}),
@@ -120,7 +129,7 @@ def test_logits_equal_transformers(family: str, changes: dict[str, Any], kernels
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=[f"{name}-{index}" for index, (name, _) in enumerate(CASES)])
 def test_ragged_batches_equal_transformers(family: str, changes: dict[str, Any], kernels: Kernels) -> None:
-    """Prefill, chunks and decode of sequences of many lengths in the same batches; windows free what they cannot see."""
+    """Prefill, chunks and decode of many lengths in the same batches; windows free what they cannot see."""
     oracle, model = make_pair(family, changes, kernels)
     texts = [make_text(length, seed=length) for length in (1, 2, 15, 16, 17, 33, 60)]
     driver, source = RaggedDriver(model), random.Random(1)
@@ -128,7 +137,9 @@ def test_ragged_batches_equal_transformers(family: str, changes: dict[str, Any],
     found: dict[int, list[Tensor]] = {number: [] for number in numbers}
     while any(driver.sequences[number].computed < len(texts[number]) for number in numbers):
         left = {number: len(texts[number]) - driver.sequences[number].computed for number in numbers}
-        lengths = {number: source.randint(1, count) for number, count in left.items() if count and source.random() < 0.7}
+        lengths = {
+            number: source.randint(1, count) for number, count in left.items() if count and source.random() < 0.7
+        }
         if lengths:
             for number, logits in driver.run(lengths).items():
                 found[number].append(logits)
@@ -143,7 +154,9 @@ def test_attention_soft_cap(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(modeling_gemma3, "eager_attention_forward", capped)
     oracle, model = make_pair("Gemma3", GEMMA | {"attn_logit_softcapping": 2.0}, kernels)
     tokens = make_text(40)
-    torch.testing.assert_close(logits_of(model, tokens, [23, 17]), expected_logits(oracle, tokens), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits_of(model, tokens, [23, 17]), expected_logits(oracle, tokens), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("fixture", ["smollm2_path", "gemma_path"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,10 +38,13 @@ def prompts(llm: LLM) -> list[list[int]]:
     return [llm.tokenizer.encode(text) for text in code] + [llm.tokenizer.encode(text, special=False) for text in chats]
 
 
-def test_greedy_tokens_equal_transformers(llm: LLM, prompts: list[list[int]], smollm2_path: Path) -> None:
-    oracle = AutoModelForCausalLM.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32, attn_implementation="eager"
-    )
+@pytest.fixture(scope="module")
+def oracle(smollm2_path: Path) -> Any:
+    """transformers' own reading of the same file."""
+    return AutoModelForCausalLM.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32)
+
+
+def test_greedy_tokens_equal_transformers(llm: LLM, prompts: list[list[int]], oracle: Any) -> None:
     assert len(prompts) == PROMPTS
     outputs = llm.generate(prompts, SamplingParams(max_tokens=TOKENS))
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -68,8 +72,7 @@ def test_alone_and_together_are_the_same_bytes(llm: LLM, prompts: list[list[int]
     assert [each.outputs for each in again] == [each.outputs for each in together[:8]]
 
 
-def test_scores_equal_transformers(llm: LLM, prompts: list[list[int]], smollm2_path: Path) -> None:
-    oracle = AutoModelForCausalLM.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32)
+def test_scores_equal_transformers(llm: LLM, prompts: list[list[int]], oracle: Any) -> None:
     (scored,) = llm.score([prompts[0]])
     with torch.inference_mode():
         logprobs = oracle(torch.tensor([prompts[0]])).logits[0].log_softmax(-1)

@@ -41,7 +41,7 @@ class RowError(HeadraceError):
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an output must match: a JSON schema (text), a regular expression, choices joined as JSON, or a Lark grammar."""
+    """What an output must match: a JSON schema (text), a regular expression, a JSON list of choices, a Lark grammar."""
 
     kind: ConstraintKind
     value: str

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,7 +43,7 @@ class LLM:
         self,
         model: str = DEFAULT_MODEL,
         *,
-        precision: str = "auto",
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
         kv_cache_bytes: int | None = None,
         threads: int | None = None,
         **options: Any,
@@ -57,7 +57,7 @@ class LLM:
             precision=precision,
             kv_cache_bytes=kv_cache_bytes,
             threads=threads,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
         began = time.perf_counter()
         loaded = load_engine(self.options)
@@ -100,9 +100,8 @@ class LLM:
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer each conversation (a list of {"role": ..., "content": ...}) through the model's chat template."""
-        several = [conversations] if conversations and isinstance(conversations[0], Mapping) else list(conversations)
-        texts = [self.tokenizer.render_chat([dict(message) for message in each]) for each in several]  # type: ignore[union-attr]
-        prompts = [self.tokenizer.encode(text, special=False) for text in texts]
+        several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        prompts = [self._render(cast(Sequence[Message], each)) for each in several]
         return self.generate(prompts, params, progress=progress)
 
     def stream(
@@ -147,6 +146,10 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        text = self.tokenizer.render_chat([dict(message) for message in messages])
+        return self.tokenizer.encode(text, special=False)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -179,7 +179,7 @@ class KVLedger:
         self._trim()
 
     def _trim(self) -> None:
-        """Evict the least recently used unheld blocks down to `retain_blocks`: memory follows the work, not the file."""
+        """Evict the least recently used unheld blocks down to `retain_blocks`: memory follows the work."""
         while self.pool.evictable > self.retain_blocks:
             self._evict()
 

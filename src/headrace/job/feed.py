@@ -7,6 +7,7 @@ pauses while enough wait.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
@@ -22,6 +23,19 @@ from headrace.job.sources import Row
 ROWS_A_CALL = 256
 MOST_PENDING = 8192
 MOST_PENDING_TOKENS = 1_000_000
+
+
+@dataclass(slots=True)
+class Flow:
+    """What has passed through a feed: rows read, prompt tokens that they brought the engine, output tokens it gave back.
+
+    `shared` rows were answered from an equal one. Prompts count once a continuation, as the engine counts them.
+    """
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    shared: int = 0
 
 
 class Pending:
@@ -44,7 +58,7 @@ class Feed:
         self.tokenizer = tokenizer
         self.journal = journal
         self.exhausted = False
-        self.shared = 0
+        self.flow = Flow()
         self._rows = rows
         self._pending: dict[str, Pending] = {}
         self._by_key: dict[bytes, Pending] = {}
@@ -65,7 +79,9 @@ class Feed:
                 self.exhausted = True
                 break
             done = self.journal.finished_between(rows[0].index, rows[-1].index)
-            self._take([row for row in rows if row.index not in done], finished)
+            new = [row for row in rows if row.index not in done]
+            self.flow.rows += len(new)
+            self._take(new, finished)
         return finished
 
     def collect(self, outputs: list[RequestOutput]) -> list[Finished]:
@@ -77,8 +93,9 @@ class Feed:
                 del self._by_key[pending.key]
             self._tokens -= len(pending.request.prompt_token_ids) * len(pending.rows)
             self._held -= len(pending.rows)
-            self.shared += len(pending.rows) - 1
+            self.flow.shared += len(pending.rows) - 1
             answer = make_answer(output, self._decode)
+            self.flow.output_tokens += answer.output_tokens
             for draft, shortened in pending.rows:
                 finished.append(self._finish(draft, answer, shortened, pending.key))
         return finished
@@ -125,10 +142,11 @@ class Feed:
                 return
             known = self.journal.find_answer(key)
             if known is not None:
-                self.shared += 1
+                self.flow.shared += 1
                 finished.append(self._finish(draft, known, shortened, None))
                 return
         self.engine.add(request)
+        self.flow.prompt_tokens += len(tokens) * request.params.n
         pending = self._pending[request.id] = Pending(request, draft, shortened, key)
         if key is not None:
             self._by_key[key] = pending

@@ -9,13 +9,14 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from headrace.job.feed import Flow
 from headrace.meter.counters import Counters
 from headrace.meter.report import format_bytes, format_report, format_seconds
 
@@ -24,13 +25,13 @@ PLAIN_SECONDS, LIVE_SECONDS = 5.0, 0.25
 
 @dataclass(slots=True)
 class State:
-    """How far a job is. Rows and errors are of the whole job, tokens and seconds of this run."""
+    """How far a job is. Rows and errors are of the whole job; `rows_before` were done by earlier runs."""
 
     rows_total: int
     rows_done: int
     errors: int
     rows_before: int
-    finished_tokens: int = 0
+    flow: Flow = field(default_factory=Flow)
 
 
 class Progress:
@@ -103,34 +104,35 @@ def print_json(value: Mapping[str, Any]) -> None:
 def measure(state: State, counters: Counters, seconds: float) -> dict[str, Any]:
     """What a progress line says. `eta_s` weighs rows by their tokens; None until a row has been finished."""
     elapsed = max(seconds, 1e-9)
-    tokens = counters.prompt_tokens + counters.output_tokens
+    prompt_tokens = counters.cached_prompt_tokens + counters.computed_prompt_tokens
     return {
-        **{name: value for name, value in asdict(state).items() if name != "finished_tokens"},
-        "prompt_tokens_per_s": round(counters.prompt_tokens / elapsed, 1),
+        **{name: getattr(state, name) for name in ("rows_total", "rows_done", "errors", "rows_before")},
+        "prompt_tokens_per_s": round(prompt_tokens / elapsed, 1),
         "output_tokens_per_s": round(counters.output_tokens / elapsed, 1),
-        "cached_share": round(counters.cached_prompt_tokens / max(1, counters.prompt_tokens), 4),
+        "cached_share": round(counters.cached_prompt_tokens / max(1, prompt_tokens), 4),
         "kv_used_bytes": counters.kv_used_bytes,
         "kv_budget_bytes": counters.kv_budget_bytes,
         "elapsed_s": round(seconds, 1),
-        "eta_s": estimate_rest(state, tokens, seconds),
+        "eta_s": estimate_rest(state, prompt_tokens, counters.output_tokens, seconds),
     }
 
 
-def estimate_rest(state: State, tokens: int, seconds: float) -> float | None:
-    """Seconds to go: the tokens that the rest will take, at the speed until now.
+def estimate_rest(state: State, prompt_tokens: int, output_tokens: int, seconds: float) -> float | None:
+    """Seconds to go: the tokens to come at the speed until now, given the tokens done in this run and its seconds.
 
-    A row that is not done is taken to be as long as the mean of those that are; what the rows at work have of
-    theirs already counts as done.
+    Prompts that were read are known, the others are taken to be as long as their mean; outputs to be as long as the
+    mean of the finished rows. Rows that need no engine count as rows without tokens, on both sides.
     """
-    done = state.rows_done - state.rows_before
+    flow, done, left = state.flow, state.rows_done - state.rows_before, state.rows_total - state.rows_done
     if done < 1:
         return None
-    left = state.rows_total - state.rows_done
-    mean = state.finished_tokens / done
-    if mean == 0 or tokens == 0:
+    if prompt_tokens == 0:
         return round(seconds / done * left, 1)
-    to_come = max(mean * left - max(0, tokens - state.finished_tokens), 0.0)
-    return round(to_come / tokens * seconds, 1)
+    rows = state.rows_total - state.rows_before
+    all_prompts = flow.prompt_tokens / max(1, flow.rows) * rows
+    all_outputs = flow.output_tokens / done * rows
+    to_come = max(0.0, all_prompts - prompt_tokens) + max(0.0, all_outputs - output_tokens)
+    return round(to_come / (prompt_tokens + output_tokens) * seconds, 1)
 
 
 def format_progress(facts: Mapping[str, Any]) -> str:

@@ -82,6 +82,7 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
         work = Work(engine.counters, job.ask.settings() | llm.resolved, llm.load_seconds)
         names = {llm.model_name, job.ask.engine.model, None}
         feed = Feed(job.source.rows(), job.make_drafter(llm.tokenizer), engine, llm.tokenizer, job.journal)
+        progress.state.flow = feed.flow
         while not feed.complete:
             check_stop(job, progress, stop)
             finished = feed.top_up(2 * job.ask.engine.max_sequences)
@@ -94,7 +95,7 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
                     tell(each, names, llm.model_name, progress)
             progress.update(engine.counters)
         progress.update(engine.counters, last=True)
-        work.run_seconds, work.shared = progress.seconds, feed.shared
+        work.run_seconds, work.shared = progress.seconds, feed.flow.shared
     return work
 
 
@@ -118,9 +119,6 @@ def count(finished: list[Finished], work: Work, state: State) -> None:
     work.failed += failures
     state.rows_done += len(finished)
     state.errors += failures
-    state.finished_tokens += sum(
-        each.record.answer.prompt_tokens + each.record.answer.output_tokens for each in finished
-    )
 
 
 def tell(finished: Finished, names: set[str | None], answering: str, progress: Progress) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.kernels import _cpu
+import headrace.kernels._cpu as _cpu
 from headrace.kernels.base import Activation, AttentionSpec, PackedWeight, RaggedBatch
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}

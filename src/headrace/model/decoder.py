@@ -105,7 +105,8 @@ class Model:
         layer, config, spec = self.layers[index], self.config, self.attention[index]
         kernels = self.kernels
         fused = layer.query_key_value(x).view(len(x), config.heads + 2 * config.kv_heads, config.head_size)
-        queries, keys, values = fused.split([config.heads, config.kv_heads, config.kv_heads], dim=1)
+        parts = [config.heads, config.kv_heads, config.kv_heads]
+        queries, keys, values = torch.split(fused, parts, dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
             queries = kernels.rms_norm(queries, layer.query_norm, config.norm_eps)
             keys = kernels.rms_norm(keys, layer.key_norm, config.norm_eps)

@@ -109,14 +109,19 @@ class _Loader:
     def linear(self, names: list[str], rows: list[int], columns: int, bias: bool = False) -> Linear:
         """Several weights [rows, columns] on top of each other as one product."""
         weight = torch.cat(
-            [self.read(f"{name}.weight", (each, columns)).to(self.dtype) for name, each in zip(names, rows, strict=True)]
+            [
+                self.read(f"{name}.weight", (each, columns)).to(self.dtype)
+                for name, each in zip(names, rows, strict=True)
+            ]
         )
         found = [f"{name}.bias" in self.names for name in names]
         if bias:
             parts = [self.read(f"{name}.bias", (each,)).float() for name, each in zip(names, rows, strict=True)]
             return Linear(self.kernels, weight.to(self.device), torch.cat(parts).to(self.device), self.dtype)
         if any(found):
-            raise ModelError(f"tensor {names[found.index(True)]}.bias is there, and the model's config has no such bias")
+            raise ModelError(
+                f"tensor {names[found.index(True)]}.bias is there, and the model's config has no such bias"
+            )
         return Linear(self.kernels, weight.to(self.device), None, self.dtype)
 
     def layer(self, index: int) -> Layer:
@@ -129,7 +134,9 @@ class _Loader:
             query_key_value=self.linear(attention, [queries, keys, keys], hidden, config.attention_bias),
             output=self.linear([f"{prefix}.self_attn.o_proj"], [hidden], queries, config.output_bias),
             mlp_norm=self.norm(f"{prefix}.{self._mlp_norm_name}", hidden),
-            gate_up=self.linear([f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"], [inner] * 2, hidden, config.mlp_bias),
+            gate_up=self.linear(
+                [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"], [inner] * 2, hidden, config.mlp_bias
+            ),
             down=self.linear([f"{prefix}.mlp.down_proj"], [hidden], inner, config.mlp_bias),
             query_norm=self.optional_norm(f"{prefix}.self_attn.q_norm", config.head_size, config.query_key_norm),
             key_norm=self.optional_norm(f"{prefix}.self_attn.k_norm", config.head_size, config.query_key_norm),
@@ -139,5 +146,5 @@ class _Loader:
 
     @property
     def _mlp_norm_name(self) -> str:
-        """Hugging Face's name of the norm before the feed-forward part, which depends on whether there are post norms."""
+        """The norm before the feed-forward part, which Hugging Face names otherwise where there are post norms."""
         return "pre_feedforward_layernorm" if self.config.post_norms else "post_attention_layernorm"

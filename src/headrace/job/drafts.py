@@ -36,7 +36,9 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """Understands the rows of one kind of input."""
+    """Understands the rows of one kind of input. `named`: rows bring ids of their own, so that two may be equal."""
+
+    named: bool
 
     def name(self, row: Row) -> str:
         """The row's id; its number from 1 where it has none. Raises RowError for an id that cannot be one."""

@@ -27,7 +27,7 @@ MOST_PENDING_TOKENS = 1_000_000
 
 @dataclass(slots=True)
 class Flow:
-    """What has passed through a feed: rows read, prompt tokens that they brought the engine, output tokens it gave back.
+    """What has passed through a feed: rows read, prompt tokens brought to the engine, output tokens it gave back.
 
     `shared` rows were answered from an equal one. Prompts count once a continuation, as the engine counts them.
     """
@@ -124,6 +124,8 @@ class Feed:
         if row.error is not None:
             raise row.error
         name = self.drafter.name(row)
+        if not self.drafter.named:
+            return name
         owner = self.journal.claim_id(name, row.index)
         if owner != row.index:
             raise RowError("duplicate_id", f"id {name!r:.80} is that of row {owner + 1} already")

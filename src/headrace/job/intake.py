@@ -29,6 +29,8 @@ from headrace.meter.report import list_versions
 from headrace.options import EngineOptions, RunOptions, SamplingOptions
 
 STDIN = "-"
+# The packages that decide what a row is answered; the others only read, write and show.
+COMPUTING = ("headrace", "torch", "tokenizers", "llguidance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def open_job(ask: Ask) -> Job:
     """Open input and journal. Raises InputError where the input or the journal is not this job's."""
     path = spool_input(ask) if ask.source == STDIN else Path(ask.source)
     if path.stat().st_size == 0:
-        raise InputError(f"{path if ask.source != STDIN else 'standard input'} is empty: there is no row to answer")
+        raise InputError(f"{path} is empty: there is no row to answer")
     source = open_source(path, sniff_kind(path) if ask.source == STDIN else find_kind(path))
     batch = ask.template is None and source.columns is None and looks_like_batch(source)
     check_fit(ask, source, batch)
@@ -146,8 +148,9 @@ def spool_input(ask: Ask) -> Path:
         shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
         file.flush()
         os.fsync(file.fileno())
-    if spool.exists() and not ask.run.fresh:
-        same = part.stat().st_size == 0 or hash_file(part) == hash_file(spool)
+    empty, going_on = part.stat().st_size == 0, Path(f"{ask.output}.journal").exists() and not ask.run.fresh
+    if spool.exists() and (empty or going_on):
+        same = empty or hash_file(part) == hash_file(spool)
         part.unlink()
         if not same:
             raise InputError(
@@ -155,6 +158,9 @@ def spool_input(ask: Ask) -> Path:
                 "give the same rows to go on, another output, or --fresh to start anew"
             )
         return spool
+    if empty:
+        part.unlink()
+        raise InputError("standard input is empty: there is no row to answer")
     part.replace(spool)
     return spool
 
@@ -211,7 +217,7 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
         "id_column": run.id_column,
         "constraint": None if ask.constraint is None else asdict(ask.constraint),
         "unknown_fields": run.unknown_fields,
-        **{f"version of {name}": number for name, number in list_versions().items() if name != "python"},
+        **{f"version of {name}": number for name, number in list_versions().items() if name in COMPUTING},
     }
     # As JSON gives it back, so that it can be compared with what the journal kept.
     plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(facts))

@@ -59,6 +59,7 @@ class BatchDrafter:
         self.tokenizer = tokenizer
         self.defaults = defaults
         self.unknown = unknown
+        self.named = True
 
     def name(self, row: Row) -> str:
         value = row.value or {}

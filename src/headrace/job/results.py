@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,9 +80,10 @@ def write_batch(journal: Journal, form: ResultFormat) -> list[Path]:
 
 def merge(source: Source, journal: Journal, form: ResultFormat) -> Iterator[tuple[Row, Record]]:
     """Each row of the input with its record. Of an OpenAI Batch row only its id is a column."""
-    for row, (index, record) in zip(source.rows(), journal.records(), strict=True):
-        if row.index != index:
-            raise InputError(f"{source.path} changed while it was read: row {index} is not where it was")
+    for row, entry in zip_longest(source.rows(), journal.records()):
+        if row is None or entry is None:
+            raise InputError(f"{source.path} changed while the job ran: it has not as many rows as before")
+        record = entry[1]
         yield (Row(row.index, row.line, {"custom_id": record.id}) if form.batch else row), record
 
 

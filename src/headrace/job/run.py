@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.core import InputError
 from headrace.job.feed import Feed
 from headrace.job.intake import STDIN, Job, open_job, read_ask
 from headrace.job.journal import Finished
@@ -142,6 +143,8 @@ def describe_files(job: Job, paths: list[Path]) -> dict[str, Any]:
 
 def conclude(job: Job, work: Work, progress: Progress, report: dict[str, Any] | None) -> dict[str, Any]:
     """Write results and report (that of an earlier run, where it had answered the last row)."""
+    if job.journal.totals().rows != job.rows:
+        raise InputError(f"{job.source.path} changed while the job ran: start anew with --fresh")
     write_results(job.source, job.journal, job.form)
     report = report or make_report(job, work)
     job.journal.write_meta("report", report)

@@ -25,6 +25,7 @@ class TableDrafter:
         self.template = compile_template(template)
         self.run = run
         self.params = params
+        self.named = run.id_column is not None
         self.chat = run.chat and tokenizer.chat_template is not None
 
     def name(self, row: Row) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,8 +19,9 @@ from headrace.model.config import ModelConfig
 from headrace.model.decoder import Layer, Model
 from headrace.quant.full import Linear
 
-# A family is a module of this package by the config's model_type, with a function read_config(config) -> ModelConfig.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+# Every other module beside these is a family, named by its config's model_type, with a function read_config.
+SHARED = {"config", "decoder", "loading", "rope"}
+FAMILIES = sorted(module.name for module in iter_modules([str(Path(__file__).parent)]) if module.name not in SHARED)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -34,7 +34,7 @@ def rows_of(path: Path) -> list[int]:
 
 def test_what_was_saved_is_read_back_in_order(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
-    logprobs = [Token("é", -0.5, [("é", -0.5), ("e", -1.0)])]
+    logprobs = [Token("é".encode(), -0.5, [("é".encode(), -0.5), (b"e", -1.0)])]
     rich = Record(
         "x", 1, Answer(2, [Choice("é", "stop", 1, "END", logprobs), Choice("b", "length", 4)]), 5, "/v1", "m", ["w"]
     )

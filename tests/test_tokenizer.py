@@ -205,3 +205,11 @@ def test_encoding_many_texts_leaves_no_warning_at_a_fork(tmp_path: Path) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "arallelism" not in done.stderr and done.stdout.startswith("[")
+
+
+def test_token_bytes_joined_are_the_text(smollm2_path: Path) -> None:
+    """Parts of characters and spaces before words included."""
+    tokenizer = open_checkpoint(str(smollm2_path)).tokenizer()
+    text = "The wheel 水車 🚰 turns, day\nand  night"
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text
+    assert tokenizer.token_bytes(10**6) == b""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from headrace.checkpoint.base import Checkpoint
+from headrace.checkpoint.base import Checkpoint, name_model
 from headrace.checkpoint.gguf_file import GgufCheckpoint
 from headrace.checkpoint.safetensors_folder import SafetensorsCheckpoint
 from headrace.checkpoint.sources import resolve
 from headrace.checkpoint.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "Tokenizer", "open_checkpoint"]
+__all__ = ["Checkpoint", "Tokenizer", "name_model", "open_checkpoint"]
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

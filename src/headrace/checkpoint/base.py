@@ -10,6 +10,11 @@ from torch import Tensor
 from headrace.checkpoint.tokenizer import Tokenizer
 
 
+def name_model(path: Path) -> str:
+    """The name by which reports and responses call the model in this folder or file."""
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
 class Checkpoint(Protocol):
     """Weights, configuration and tokenizer of one model, in Hugging Face's names and layout.
 

@@ -33,6 +33,10 @@ class Decoder(Protocol):
         """The rest, as it is if nothing follows."""
         ...
 
+    def spell(self, token: str) -> bytes:
+        """What one token adds to a text by itself, in UTF-8; a part of a character may stand alone."""
+        ...
+
 
 def spell_bytes() -> dict[str, int]:
     """The printable characters by which byte-level vocabularies write the 256 bytes (GPT-2's table)."""
@@ -52,11 +56,13 @@ class ByteLevelDecoder:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: str) -> str:
+        return self.decoder.decode(self.spell(token))
+
+    def spell(self, token: str) -> bytes:
         try:
-            data = bytes([BYTE_OF[character] for character in token])
+            return bytes([BYTE_OF[character] for character in token])
         except KeyError:
-            data = token.encode("utf-8")
-        return self.decoder.decode(data)
+            return token.encode("utf-8")
 
     def flush(self) -> str:
         return self.decoder.decode(b"", final=True)
@@ -72,6 +78,12 @@ class ByteFallbackDecoder:
         self.replace = replace
         self.strip = strip
         self.run = bytearray()
+
+    def spell(self, token: str) -> bytes:
+        for old, new in self.replace.items():
+            token = token.replace(old, new)
+        byte = BYTE_TOKEN.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else token.encode("utf-8")
 
     def push(self, token: str) -> str:
         for old, new in self.replace.items():
@@ -114,6 +126,9 @@ class MetaspaceDecoder:
     def push(self, token: str) -> str:
         space, self.strip = "" if self.strip else " ", False
         return token.replace(self.mark, space)
+
+    def spell(self, token: str) -> bytes:
+        return token.replace(self.mark, " ").encode("utf-8")
 
     def flush(self) -> str:
         return ""

@@ -51,6 +51,11 @@ class Tokenizer:
         """Text of token ids; ids outside the vocabulary give nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, in UTF-8, the space before a word included; nothing outside the vocabulary."""
+        token = self.backend.id_to_token(token_id)
+        return b"" if token is None else self._make_decoder().spell(token)
+
     def open_stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A stream that gives the text of ids as they come, equal to `decode` of them all."""
         read = self._plain_token if skip_special_tokens else self.backend.id_to_token

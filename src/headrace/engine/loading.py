@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from headrace.cache.paged import PagedCache, block_bytes
-from headrace.checkpoint import Tokenizer, open_checkpoint
+from headrace.checkpoint import Tokenizer, name_model, open_checkpoint
 from headrace.core import InputError
 from headrace.engine.engine import Engine
 from headrace.engine.memory import read_available_bytes
@@ -58,7 +58,7 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
         "kv_cache_bytes": cache.num_blocks * cache.block_bytes,
         "max_context": model.config.context_length,
     }
-    return LoadedEngine(engine, tokenizer, checkpoint.path.stem, checkpoint.hash(), resolved)
+    return LoadedEngine(engine, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
 
 
 def choose_precision(options: EngineOptions) -> Literal["fp32", "bf16"]:

@@ -63,18 +63,23 @@ def chat_choice(index: int, choice: Choice) -> dict[str, Any]:
 
 
 def chat_token(token: Token) -> dict[str, Any]:
-    top = [{"token": text, "logprob": value, "bytes": list(text.encode())} for text, value in token.top]
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode()), "top_logprobs": top}
+    top = [{"token": read_text(data), "logprob": value, "bytes": list(data)} for data, value in token.top]
+    return {"token": read_text(token.data), "logprob": token.logprob, "bytes": list(token.data), "top_logprobs": top}
+
+
+def read_text(data: bytes) -> str:
+    """A token's text; a part of a character becomes the replacement character, and `bytes` tells what it is."""
+    return data.decode(errors="replace")
 
 
 def completion_choice(index: int, choice: Choice, prefix: str) -> dict[str, Any]:
     logprobs = None
     if choice.logprobs is not None:
-        ends = accumulate((len(token.text) for token in choice.logprobs), initial=len(prefix))
+        ends = accumulate((len(read_text(token.data)) for token in choice.logprobs), initial=len(prefix))
         logprobs = {
-            "tokens": [token.text for token in choice.logprobs],
+            "tokens": [read_text(token.data) for token in choice.logprobs],
             "token_logprobs": [token.logprob for token in choice.logprobs],
-            "top_logprobs": [dict(token.top) for token in choice.logprobs],
+            "top_logprobs": [{read_text(data): value for data, value in token.top} for token in choice.logprobs],
             "text_offset": list(ends)[:-1],
         }
     return {"index": index, "text": prefix + choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}

@@ -64,7 +64,7 @@ class Feed:
         self._by_key: dict[bytes, Pending] = {}
         self._held = 0
         self._tokens = 0
-        self._decode = lru_cache(maxsize=65536)(lambda token: tokenizer.decode([token], skip_special_tokens=False))
+        self._decode = lru_cache(maxsize=65536)(tokenizer.token_bytes)
 
     @property
     def complete(self) -> bool:

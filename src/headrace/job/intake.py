@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.checkpoint import Checkpoint, Tokenizer, open_checkpoint
+from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.core import Constraint, InputError, RowError, SamplingParams
 from headrace.engine.loading import choose_precision
 from headrace.job.drafts import Drafter, default_params
@@ -132,7 +132,7 @@ def open_job(ask: Ask) -> Job:
     checkpoint = open_checkpoint(ask.engine.model)
     fingerprint = make_fingerprint(ask, hash_file(path), checkpoint)
     schema = json.loads(ask.constraint.value) if ask.run.expand and ask.constraint else None
-    form = ResultFormat(ask.output, batch, checkpoint.path.stem, name_system(fingerprint), schema)
+    form = ResultFormat(ask.output, batch, name_model(checkpoint.path), name_system(fingerprint), schema)
     place = Path(f"{ask.output}.journal")
     for taken in (ask.output, form.errors) if batch else (ask.output,):
         if taken.exists() and not place.exists() and not ask.run.fresh:

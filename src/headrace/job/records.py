@@ -11,15 +11,15 @@ import msgspec
 from headrace.core import RowError
 from headrace.engine.outputs import CompletionOutput, RequestOutput
 
-Decode = Callable[[int], str]
+Decode = Callable[[int], bytes]
 
 
 class Token(msgspec.Struct, array_like=True, frozen=True):
-    """One output token with its log probability and the likeliest alternatives, best first."""
+    """One output token, its text in UTF-8, with its log probability and the likeliest alternatives, best first."""
 
-    text: str
+    data: bytes
     logprob: float
-    top: list[tuple[str, float]] = []
+    top: list[tuple[bytes, float]] = []
 
 
 class Choice(msgspec.Struct, array_like=True, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -43,8 +44,8 @@ def peak_bytes(folder: Path, model: Path, rows: int) -> int:
     subprocess.run(command, check=True, timeout=600)
     report = json.loads((folder / f"{rows}.out.csv.report.json").read_text())
     assert report["succeeded"] == rows and report["failed"] == 0
-    with target.open() as file:
-        assert sum(1 for _ in file) == rows + 1
+    with target.open(newline="") as file:
+        assert sum(1 for _ in csv.reader(file)) == rows + 1
     return int(report["peak_rss_bytes"])
 
 

@@ -77,6 +77,7 @@ def complete(job: Job, stop: StopSignals) -> dict[str, Any]:
 
 def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
     """Load the model and answer the rows that are not in the journal. Raises JobStopped."""
+    progress.say(f"loading {job.ask.engine.model}")
     with LLM(**asdict(job.ask.engine)) as llm:
         progress.restart_clock()
         engine = llm.engine

@@ -17,6 +17,8 @@ from headrace.kernels.base import Activation, AttentionSpec, PackedWeight, Ragge
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 PANEL = 32
+# oneDNN orders a weight for products of about so many rows.
+USUAL_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,21 @@ class PanelWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class OneDnnWeight:
+    """A bfloat16 weight in oneDNN's own order for this processor, so that no product has to reorder it first."""
+
+    tensor: Tensor
+    out_features: int
+    nbytes: int
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.tensor, bias, "none", [], "")
+        return result
+
+
+@dataclass(frozen=True, slots=True)
 class PlainWeight:
-    """A bfloat16 weight [out, in] as it is: torch's oneDNN product reads it best."""
+    """A bfloat16 weight [out, in] as it is, where oneDNN has no order of its own for it."""
 
     tensor: Tensor
 
@@ -44,6 +59,9 @@ class PlainWeight:
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, self.tensor, bias)
 
 
 class CpuKernels:
@@ -57,17 +75,20 @@ class CpuKernels:
         return _cpu.instruction_set()
 
     def pack(self, weight: Tensor) -> PackedWeight:
-        if weight.dtype == torch.bfloat16:
-            return PlainWeight(weight.contiguous().clone())
         weight = weight.contiguous()
+        if weight.dtype == torch.bfloat16:
+            if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                return PlainWeight(weight.clone())
+            ordered = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL_ROWS)
+            return OneDnnWeight(ordered, weight.shape[0], weight.nbytes)
         rows, columns = weight.shape
         panels = torch.empty(-(-rows // PANEL), columns, PANEL)
         _cpu.pack(weight.data_ptr(), panels.data_ptr(), rows, columns)
         return PanelWeight(panels, rows)
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-        if isinstance(weight, PlainWeight):
-            return functional.linear(x, weight.tensor, None if bias is None else bias.to(x.dtype))
+        if isinstance(weight, OneDnnWeight | PlainWeight):
+            return weight.multiply(x, None if bias is None else bias.to(x.dtype))
         assert isinstance(weight, PanelWeight)
         x = x.contiguous()
         columns = weight.panels.shape[1]

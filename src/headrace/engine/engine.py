@@ -124,22 +124,19 @@ class Engine:
             )
 
     def _count(self, plan: StepPlan, scheduled: Rows[tuple[Chunk, Sequence]]) -> None:
-        """Before `advance`: cached_tokens is what the first admission found."""
+        """Count a step that has been computed. A prompt token counts once, where it was first found or computed."""
         counters = self.counters
         counters.steps += 1
         counters.preemptions += len(plan.preempt)
         for admission in plan.admit:
-            sequence = self.state.find(admission.sequence)
-            if sequence.preemptions == 0:
-                counters.prompt_tokens += sequence.prompt_length
-                counters.cached_prompt_tokens += admission.cached
+            generation = self._generations[admission.sequence]
+            counters.prompt_tokens += generation.sequence.prompt_length if generation.reached is None else 0
+            counters.cached_prompt_tokens += generation.reach(0, admission.cached)
         for chunk, sequence in scheduled:
-            if sequence.preemptions == 0:
-                counters.computed_prompt_tokens += max(
-                    0, min(chunk.start + chunk.length, sequence.prompt_length) - chunk.start
-                )
-            else:
-                counters.recomputed_tokens += chunk.length - (chunk.start + chunk.length == len(sequence.tokens))
+            generation = self._generations[sequence.number]
+            again = min(chunk.start + chunk.length, generation.reached or 0) - chunk.start
+            counters.recomputed_tokens += max(0, again)
+            counters.computed_prompt_tokens += generation.reach(chunk.start, chunk.start + chunk.length)
         counters.kv_used_bytes = self.state.ledger.used_blocks * self.cache.block_bytes
         counters.kv_peak_bytes = max(counters.kv_peak_bytes, counters.kv_used_bytes)
 

@@ -14,6 +14,7 @@ from headrace.engine.structure import Matcher
 class Generation:
     """Owns what a sequence has said; the sequence itself only knows token ids.
 
+    `reached` is how many leading tokens ever had their KV in the cache, None before the first admission.
     Randomness comes from a counter keyed by seed, request id and choice, so that a row draws the same numbers alone,
     in any batch, after a preemption and after a restart.
     """
@@ -27,6 +28,7 @@ class Generation:
         self.output = CompletionOutput(sequence.index, "", [], None if params.logprobs is None else [])
         self.prompt_logprobs: list[float | None] = [None]
         self.error: RowError | None = None
+        self.reached: int | None = None
         seed = seed if params.seed is None else params.seed
         self._key = blake2b(f"{seed}\0{sequence.request.id}\0{sequence.index}".encode(), digest_size=32).digest()
         self._stream = tokenizer.open_stream(params.skip_special_tokens) if params.stop else None
@@ -37,6 +39,12 @@ class Generation:
         position = len(self.output.token_ids).to_bytes(8, "little")
         digest = blake2b(position, key=self._key, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+    def reach(self, start: int, end: int) -> int:
+        """Tokens from start to end have their KV: how many of the prompt's had none before, now or ever."""
+        prompt, reached = self.sequence.prompt_length, self.reached or 0
+        self.reached = max(reached, end)
+        return max(0, min(end, prompt) - max(start, min(reached, prompt)))
 
     @property
     def below_minimum(self) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers.models.gemma3 import modeling_gemma3
 
 from headrace.checkpoint import open_checkpoint
-from headrace.core import InputError, ModelError
 from headrace.kernels import Kernels, choose_kernels
 from headrace.model import Model, ModelSettings, load_model
 
@@ -41,6 +40,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {"sliding_window": 12, "query_pre_attn_scalar": 24, "layer_types": SLIDING}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -54,6 +54,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "Llama",
         {"rope_parameters": YARN | {"attention_factor": 1.2, "beta_fast": 16, "beta_slow": 2, "truncate": False}},
     ),
+    ("Llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
     ("Mistral", {"sliding_window": None}),
     ("Mistral", {"sliding_window": 9, "head_dim": 32}),
     ("Qwen2", {"head_dim": 8}),
@@ -71,7 +72,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen3", {"tie_word_embeddings": True, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 4}),
     ("Gemma3", GEMMA | {"tie_word_embeddings": True}),
     ("Gemma3", GEMMA | {"final_logit_softcapping": 3.0, "head_dim": 32}),
+    ("Gemma3", GEMMA | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default"}}}),
 ]
+CASE_IDS = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
 
 
 class TransformersWeights:
@@ -115,19 +118,17 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return choose_kernels(request.param, "cpu")
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES, ids=[f"{name}-{index}" for index, (name, _) in enumerate(CASES)])
+@pytest.mark.parametrize(("family", "changes"), CASES, ids=CASE_IDS)
 def test_logits_equal_transformers(family: str, changes: dict[str, Any], kernels: Kernels) -> None:
     oracle, model = make_pair(family, changes, kernels)
     tokens = make_text(41)
     expected = expected_logits(oracle, tokens)
     assert expected.abs().max() > 0.5
-    # Plain torch is the slow oracle of the C++ kernels, which are cut at every border.
-    borders = (7, 16, 40) if kernels.name == "reference" else range(1, 41)
-    for chunks in [[41], [1] * 41, *([border, 41 - border] for border in borders)]:
+    for chunks in [[41], [1] * 41, *([border, 41 - border] for border in range(1, 41))]:
         torch.testing.assert_close(logits_of(model, tokens, chunks), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES, ids=[f"{name}-{index}" for index, (name, _) in enumerate(CASES)])
+@pytest.mark.parametrize(("family", "changes"), CASES, ids=CASE_IDS)
 def test_ragged_batches_equal_transformers(family: str, changes: dict[str, Any], kernels: Kernels) -> None:
     """Prefill, chunks and decode of many lengths in the same batches; windows free what they cannot see."""
     oracle, model = make_pair(family, changes, kernels)
@@ -145,7 +146,10 @@ def test_ragged_batches_equal_transformers(family: str, changes: dict[str, Any],
                 found[number].append(logits)
                 driver.slide(number)
     for number, text in zip(numbers, texts, strict=True):
-        torch.testing.assert_close(torch.cat(found[number]), expected_logits(oracle, text), atol=1e-4, rtol=1e-4)
+        together = torch.cat(found[number])
+        torch.testing.assert_close(together, expected_logits(oracle, text), atol=1e-4, rtol=1e-4)
+        if kernels.name == "cpu":  # the one that promises a row the same bits in any batch
+            assert torch.equal(together, logits_of(model, text, [len(text)]))
 
 
 def test_attention_soft_cap(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +171,11 @@ def test_real_models_equal_transformers(fixture: str, request: pytest.FixtureReq
     oracle = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     )
-    for text in ("The mill stands below the weir, and", "def fibonacci(n):\n    " * 30, "Ωμέγα 水車 🚰"):
+    # The second text is longer than Gemma's window of 512 tokens.
+    for text in ("The mill stands below the weir, and", "def fibonacci(n):\n    " * 80, "Ωμέγα 水車 🚰"):
         tokens = checkpoint.tokenizer().encode(text)
         found, expected = logits_of(model, tokens, [len(tokens)]), expected_logits(oracle, tokens)
-        torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # of logits up to 40
 
 
 def test_bfloat16_is_close_to_float32(kernels: Kernels) -> None:
@@ -179,38 +184,3 @@ def test_bfloat16_is_close_to_float32(kernels: Kernels) -> None:
     tokens = make_text(40)
     wide, narrow = logits_of(exact, tokens, [40]), logits_of(rough, tokens, [25, 15])
     assert (wide - narrow).abs().mean() < 0.05 * wide.abs().mean()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "mamba"}, "unsupported architecture 'mamba'; supported are gemma3_text, llama, mistral, qwen2"),
-        ({"hidden_size": None}, "needs a number for 'hidden_size', found None"),
-        ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
-        ({"hidden_act": "relu"}, "unsupported activation 'relu'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "unsupported rope scaling 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope scaling 'linear' in the model's config lacks"),
-        ({"intermediate_size": 81}, r"gate_proj.weight has shape \[80, 48\]; its config needs \[81, 48\]"),
-        ({"num_hidden_layers": 4}, "lacks the tensor model.layers.3"),
-    ],
-)
-def test_models_that_cannot_be_used_say_why(change: dict[str, Any], message: str) -> None:
-    oracle, _ = make_pair("Llama", {}, choose_kernels("reference", "cpu"))
-    weights = TransformersWeights(oracle)
-    weights.config = dict(weights.config) | change
-    with pytest.raises(ModelError, match=message):
-        load_model(weights, choose_kernels("reference", "cpu"), ModelSettings())
-
-
-def test_a_bias_that_the_config_denies_is_refused() -> None:
-    oracle, _ = make_pair("Llama", {"attention_bias": True}, choose_kernels("reference", "cpu"))
-    weights = TransformersWeights(oracle)
-    weights.config = dict(weights.config) | {"attention_bias": False}
-    with pytest.raises(ModelError, match=r"q_proj.bias is there, and the model's config has no such bias"):
-        load_model(weights, choose_kernels("reference", "cpu"), ModelSettings())
-
-
-def test_max_context_cannot_pass_the_models_own() -> None:
-    oracle, _ = make_pair("Llama", {}, choose_kernels("reference", "cpu"))
-    with pytest.raises(InputError, match="above the 256 tokens"):
-        load_model(TransformersWeights(oracle), choose_kernels("reference", "cpu"), ModelSettings(max_context=300))

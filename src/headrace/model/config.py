@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,15 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
 }
+LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary embedding of one kind of layer: base, and how long contexts stretch it (`scaling` as in the config)."""
+    """Rotary embedding of one kind of layer: base, and how long contexts stretch it.
+
+    `scaling` is as in the config, plus its rope_type, max_position_embeddings and original_max_position_embeddings.
+    """
 
     base: float
     scaling: Config
@@ -63,37 +68,52 @@ class ModelConfig:
     logit_soft_cap: float | None = None
 
 
-def read_field(config: Config, name: str, kind: Callable[[Any], Any] = int) -> Any:
-    """A number that the config must have. Raises ModelError naming the field."""
+def read_whole(config: Config, name: str) -> int:
+    """A whole number above 0 that the config must have. Raises ModelError naming the field."""
     value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ModelError(f"the model's config needs a number for {name!r}, found {value!r}")
-    return kind(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf or value != int(value):
+        raise ModelError(f"the model's config needs a whole number above 0 for {name!r}, found {value!r}")
+    return int(value)
+
+
+def read_number(config: Config, name: str) -> float:
+    """A number above 0 that the config must have. Raises ModelError naming the field."""
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelError(f"the model's config needs a number above 0 for {name!r}, found {value!r}")
+    return float(value)
+
+
+def read_optional(config: Config, name: str) -> float | None:
+    """A number above 0, or None where the config has none."""
+    return None if config.get(name) is None else read_number(config, name)
 
 
 def read_shapes(config: Config) -> dict[str, Any]:
     """The fields that every family has under the same names, as keywords of ModelConfig, full attention everywhere."""
-    hidden, heads = read_field(config, "hidden_size"), read_field(config, "num_attention_heads")
-    kv_heads = read_field(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
-    layers = read_field(config, "num_hidden_layers")
-    if kv_heads < 1 or heads % kv_heads:
+    hidden, heads = read_whole(config, "hidden_size"), read_whole(config, "num_attention_heads")
+    kv_heads = heads if config.get("num_key_value_heads") is None else read_whole(config, "num_key_value_heads")
+    layers = read_whole(config, "num_hidden_layers")
+    if heads % kv_heads:
         raise ModelError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
-    head_size = read_field(config, "head_dim") if config.get("head_dim") else hidden // heads
-    if layers < 1 or head_size < 2 or head_size % 2:
-        raise ModelError(f"num_hidden_layers ({layers}) must be positive and head_dim ({head_size}) even")
+    if config.get("head_dim") is None and hidden % heads:
+        raise ModelError(f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) without head_dim")
+    head_size = hidden // heads if config.get("head_dim") is None else read_whole(config, "head_dim")
+    if head_size % 2:
+        raise ModelError(f"head_dim ({head_size}) must be even")
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise ModelError(f"unsupported activation {activation!r}; supported are {', '.join(ACTIVATIONS)}")
     return {
-        "vocab_size": read_field(config, "vocab_size"),
+        "vocab_size": read_whole(config, "vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": read_field(config, "intermediate_size"),
+        "intermediate_size": read_whole(config, "intermediate_size"),
         "layers": layers,
         "heads": heads,
         "kv_heads": kv_heads,
         "head_size": head_size,
-        "context_length": read_field(config, "max_position_embeddings"),
-        "norm_eps": read_field(config, "rms_norm_eps", float),
+        "context_length": read_whole(config, "max_position_embeddings"),
+        "norm_eps": read_number(config, "rms_norm_eps"),
         "windows": (None,) * layers,
         "ropes": (read_rope(config),),
         "rope_of_layer": (0,) * layers,
@@ -104,21 +124,47 @@ def read_shapes(config: Config) -> dict[str, Any]:
 
 
 def read_rope(config: Config, kind: str | None = None, base_field: str = "rope_theta") -> RopeSpec:
-    """Base and scaling, in the older shape (rope_theta, rope_scaling) or the newer (rope_parameters, by layer kind)."""
-    parameters = config.get("rope_parameters") or {}
-    if kind is not None and isinstance(parameters.get(kind), Mapping):
-        parameters = parameters[kind]
-    base = parameters.get("rope_theta") or config.get(base_field) or 10000.0
-    scaling = dict(parameters) if parameters else dict(config.get("rope_scaling") or {})
-    scaling["rope_type"] = scaling.get("rope_type") or scaling.get("type") or "default"
-    return RopeSpec(float(base), scaling | {"original_context": config.get("max_position_embeddings")})
+    """Base and scaling, in the older shape (rope_theta, rope_scaling) or the newer (rope_parameters, by layer kind).
+
+    Raises ModelError for what is in neither shape, and for heads that are rotated in part only.
+    """
+    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    scaling = config.get(field) or {}
+    if kind is not None and isinstance(scaling, Mapping) and scaling.get(kind) is not None:
+        scaling = scaling[kind]
+    if not isinstance(scaling, Mapping):
+        raise ModelError(f"the model's config needs an object for {field!r}, found {scaling!r}")
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    if "rope_theta" in scaling:
+        base = read_number(scaling, "rope_theta")
+    else:
+        base = read_number({base_field: 10000.0} | dict(config), base_field)
+    partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ModelError(f"unsupported partial_rotary_factor {partial!r}; heads are rotated as a whole")
+    # The config's own field wins over the scaling's; without either the model was trained at its full length.
+    trained = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+    filled = {
+        "rope_type": scaling.get("rope_type") or scaling.get("type") or "default",
+        "max_position_embeddings": config.get("max_position_embeddings"),
+        "original_max_position_embeddings": trained or config.get("max_position_embeddings"),
+    }
+    return RopeSpec(base, scaling | filled)
 
 
 def read_windows(config: Config, layers: int, window: int | None) -> tuple[int | None, ...]:
-    """Windows by `layer_types`, where the config lists them; else every layer has this window."""
+    """Windows by `layer_types`, where the config lists them; else every layer has this window.
+
+    Raises ModelError for a kind of layer that is not supported, or a sliding one without a window.
+    """
     kinds = config.get("layer_types")
     if kinds is None:
         return (window,) * layers
     if len(kinds) != layers:
         raise ModelError(f"layer_types lists {len(kinds)} layers and num_hidden_layers is {layers}")
+    for kind in kinds:
+        if kind not in LAYER_KINDS:
+            raise ModelError(f"unsupported kind {kind!r} in layer_types; supported are {', '.join(LAYER_KINDS)}")
+        if kind == "sliding_attention" and window is None:
+            raise ModelError("layer_types lists sliding_attention, and the model's config sets no sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

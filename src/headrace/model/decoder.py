@@ -5,7 +5,7 @@ Works on one ragged batch of tokens. Knows nothing of requests, schedules or fil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in (self.query_key_value, self.output, self.gate_up, self.down))
+        parts = (getattr(self, each.name) for each in fields(self))
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 class Model:
@@ -68,7 +69,8 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return self.embedding.nbytes + self.head.nbytes + sum(layer.nbytes for layer in self.layers)
+        ends = self.embedding.nbytes + self.head.nbytes + self.final_norm.nbytes
+        return ends + sum(layer.nbytes for layer in self.layers)
 
     def forward(self, batch: RaggedBatch, cache: PagedCache) -> Tensor:
         """Compute the batch, write its keys and values into the cache: hidden states [R, hidden] of the wanted rows."""

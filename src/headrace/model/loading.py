@@ -17,6 +17,7 @@ from headrace.core import InputError, ModelError
 from headrace.kernels.base import Kernels
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Layer, Model
+from headrace.model.rope import rope_frequencies
 from headrace.quant.full import Linear
 
 # Every other module beside these is a family, named by its config's model_type, with a function read_config.
@@ -49,8 +50,8 @@ class ModelSettings:
 def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> Model:
     """Read, convert and pack every tensor.
 
-    Raises ModelError for a family or a feature that is not supported and for a missing or misshaped tensor, InputError
-    for a max_context above the model's own.
+    Raises ModelError for a family or a feature that is not supported and for a tensor that is missing, misshaped or has
+    no place in the model, InputError for a max_context above the model's own.
     """
     config = read_config(weights.config)
     if settings.max_context is not None:
@@ -61,7 +62,7 @@ def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> M
     loader = _Loader(weights, config, kernels, settings)
     embedding = loader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(loader.dtype)
     head = loader.linear(["lm_head"], [config.vocab_size], config.hidden_size) if not config.tied else None
-    return Model(
+    model = Model(
         config,
         CacheLayout.from_windows(config.windows, settings.block_size),
         kernels,
@@ -70,24 +71,29 @@ def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> M
         loader.norm("model.norm", config.hidden_size),
         head or Linear(kernels, embedding.to(settings.device), None, loader.dtype),
     )
+    loader.check_all_read()
+    return model
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The model's shapes, by its family. Raises ModelError naming the families that there are."""
+    """The model's shapes, by its family. Raises ModelError for what is not supported, before any tensor is read."""
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ModelError(f"unsupported architecture {family!r}; supported are {', '.join(FAMILIES)}")
     module = import_module(f"headrace.model.{family}")
     result: ModelConfig = module.read_config(config)
+    for rope in result.ropes:
+        rope_frequencies(rope, result.head_size)
     return result
 
 
 class _Loader:
-    """Reads tensors by name, checks their shapes, and counts which were used."""
+    """Reads tensors by name, checks their shapes, and notes which were read."""
 
     def __init__(self, weights: Weights, config: ModelConfig, kernels: Kernels, settings: ModelSettings) -> None:
         self.weights = weights
         self.names = weights.names()
+        self.unread = set(self.names)
         self.config = config
         self.kernels = kernels
         self.device = settings.device
@@ -100,7 +106,19 @@ class _Loader:
         tensor = self.weights.tensor(name)
         if tuple(tensor.shape) != shape:
             raise ModelError(f"tensor {name} has shape {list(tensor.shape)}; its config needs {list(shape)}")
+        if not tensor.is_floating_point():
+            raise ModelError(f"tensor {name} is {tensor.dtype}; weights must be floating-point numbers")
+        self.unread.discard(name)
         return tensor
+
+    def check_all_read(self) -> None:
+        """Raise ModelError for a tensor that this model has no place for: a bias, a norm or the scale of a quantisation
+        that changes what the model computes. A tied head's copy and old files' rope tables say nothing new."""
+        tied = {"lm_head.weight"} if self.config.tied else set()
+        extra = sorted(name for name in self.unread - tied if not name.endswith("rotary_emb.inv_freq"))
+        if extra:
+            more = f", nor have {len(extra) - 1} others" if len(extra) > 1 else ""
+            raise ModelError(f"tensor {extra[0]} has no place in the model that its config describes{more}")
 
     def norm(self, name: str, size: int) -> Tensor:
         """A norm's weight as it acts, float32 [size]."""
@@ -117,14 +135,9 @@ class _Loader:
                 for name, each in zip(names, rows, strict=True)
             ]
         )
-        found = [f"{name}.bias" in self.names for name in names]
         if bias:
             parts = [self.read(f"{name}.bias", (each,)).float() for name, each in zip(names, rows, strict=True)]
             return Linear(self.kernels, weight.to(self.device), torch.cat(parts).to(self.device), self.dtype)
-        if any(found):
-            raise ModelError(
-                f"tensor {names[found.index(True)]}.bias is there, and the model's config has no such bias"
-            )
         return Linear(self.kernels, weight.to(self.device), None, self.dtype)
 
     def layer(self, index: int) -> Layer:

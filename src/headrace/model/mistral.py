@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from headrace.model.config import Config, ModelConfig, read_shapes, read_windows
+from headrace.model.config import Config, ModelConfig, read_shapes, read_whole, read_windows
+
+# What transformers takes where a config does not name the field; null is no window.
+DEFAULTS = {"sliding_window": 4096}
 
 
 def read_config(config: Config) -> ModelConfig:
+    config = DEFAULTS | dict(config)
     shapes = read_shapes(config)
-    return ModelConfig(**shapes | {"windows": read_windows(config, shapes["layers"], config.get("sliding_window"))})
+    window = None if config["sliding_window"] is None else read_whole(config, "sliding_window")
+    return ModelConfig(**shapes | {"windows": read_windows(config, shapes["layers"], window)})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from headrace.model.config import Config, ModelConfig, read_shapes, read_windows
+from headrace.model.config import Config, ModelConfig, read_shapes, read_whole, read_windows
+
+# What transformers takes where a config does not name the field.
+DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
 
 
 def read_config(config: Config) -> ModelConfig:
@@ -12,8 +15,9 @@ def read_config(config: Config) -> ModelConfig:
 
 def upper_windows(config: Config, layers: int) -> tuple[int | None, ...]:
     """The window from layer max_window_layers on, if use_sliding_window is set; layer_types wins where it is there."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    config = DEFAULTS | dict(config)
+    slides = config.get("use_sliding_window") and config["sliding_window"] is not None
+    window = read_whole(config, "sliding_window") if slides else None
     if window is None or config.get("layer_types") is not None:
         return read_windows(config, layers, window)
-    first = config.get("max_window_layers", layers)
-    return tuple(window if layer >= first else None for layer in range(layers))
+    return tuple(window if layer >= config["max_window_layers"] else None for layer in range(layers))

@@ -103,7 +103,7 @@ def write_csv(source: Source, journal: Journal, form: ResultFormat) -> None:
     names = BATCH_COLUMNS.names if form.batch else list(source.columns or infer_schema(source).names)
     columns = result_columns(names, journal.traits(), form.schema)
     with replace_file(form.output, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file)  # lines end as RFC 4180 has it: with "\n" Python 3.11 leaves a lone "\r" unquoted
         writer.writerow([*names, *(column.name for column in columns)])
         for row, record in merge(source, journal, form):
             value = row.value or {}

@@ -229,6 +229,15 @@ def test_scoring_matches_the_logprobs_of_generation(llm: LLM) -> None:
     assert scored.logprobs[0] is None and scored.perplexity > 1
 
 
+def test_a_closed_model_says_so(tiny_model: Path) -> None:
+    with open_model(tiny_model) as short_lived:
+        stream = short_lived.stream(["a"], SamplingParams(max_tokens=2))
+        with pytest.raises(ValueError, match="unfinished"):
+            next(stream) and short_lived.score("a")
+    with pytest.raises(ValueError, match="this LLM is closed"):
+        short_lived.generate("a")
+
+
 def test_wrong_arguments_say_what_would_be_right(llm: LLM, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="LLM has no setting 'gpu'"):
         LLM(str(tiny_model), gpu=True)

@@ -206,9 +206,10 @@ def test_json_progress_is_lines_of_json(tiny_model: Path, tmp_path: Path, capsys
     report = run(tiny_model, source, tmp_path / "out.jsonl", quiet=False, json=True)
     printed = capsys.readouterr()
     events = [json.loads(line) for line in printed.out.splitlines()]
-    assert printed.err == "" and [event["event"] for event in events] == ["progress", "report"]
-    assert (events[0]["rows_done"], events[0]["rows_total"], events[0]["errors"]) == (3, 3, 0)
-    assert {name: value for name, value in events[1].items() if name != "event"} == report
+    assert printed.err == "" and [event["event"] for event in events] == ["message", "progress", "report"]
+    assert events[0]["message"].startswith("loading ")
+    assert (events[1]["rows_done"], events[1]["rows_total"], events[1]["errors"]) == (3, 3, 0)
+    assert {name: value for name, value in events[2].items() if name != "event"} == report
 
 
 def test_quiet_prints_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

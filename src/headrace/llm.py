@@ -112,8 +112,7 @@ class LLM:
         Prompts may be any iterable: it is read only as far ahead as the engine needs. Leaving the loop early drops
         the rest. One call at a time: raises ValueError while another stream of this LLM is unfinished.
         """
-        if self._busy:
-            raise InputError("another stream of this LLM is unfinished: read it to its end or close it first")
+        self._require_ready()
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams) and isinstance(prompts, Sequence) and len(params) != len(prompts):
             raise InputError(
@@ -126,6 +125,7 @@ class LLM:
 
         Raises ValueError for a text that is empty or longer than the context.
         """
+        self._require_ready()
         texts = as_list(texts)
         requests = self._requests(texts, SamplingParams(max_tokens=1), score=True)
         answers = {each.request_id: each for each in show_progress(self._run(requests), len(texts), progress)}
@@ -146,6 +146,12 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _require_ready(self) -> None:
+        if not hasattr(self, "engine"):
+            raise InputError("this LLM is closed: make a new one")
+        if self._busy:
+            raise InputError("another stream of this LLM is unfinished: read it to its end or close it first")
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
         text = self.tokenizer.render_chat([dict(message) for message in messages])
@@ -168,28 +174,28 @@ class LLM:
 
     def _run(self, requests: Iterator[tuple[Request, str | None]]) -> Iterator[RequestOutput]:
         """Keep the engine supplied and yield its answers; whatever happens, leave it empty."""
-        self._busy = True
+        engine, self._busy = self.engine, True
         texts: dict[str, str | None] = {}
         began = time.perf_counter()
         try:
             supply: Iterator[tuple[Request, str | None]] | None = requests
-            while supply is not None or self.engine.unfinished:
-                while supply is not None and self.engine.waiting < 2 * self.options.max_sequences:
+            while supply is not None or engine.unfinished:
+                while supply is not None and engine.waiting < 2 * self.options.max_sequences:
                     request, text = next(supply, (None, None))
                     if request is None:
                         supply = None
                         break
                     try:
-                        self.engine.add(request)
+                        engine.add(request)
                         texts[request.id] = text
                     except RowError as error:
                         yield RequestOutput(request.id, text, list(request.prompt_token_ids), [], error=error)
-                for output in self.engine.step():
+                for output in engine.step():
                     output.prompt = texts.pop(output.request_id)
                     yield output
         finally:
             for request_id in texts:
-                self.engine.abort(request_id)
+                engine.abort(request_id)
             self.run_seconds += time.perf_counter() - began
             self._busy = False
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import headrace.kernels._cpu as _cpu
 from headrace.kernels.base import Activation, AttentionSpec, PackedWeight, RaggedBatch
+from headrace.kernels.reference import PlainWeight
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 PANEL = 32
@@ -46,24 +46,6 @@ class OneDnnWeight:
         return result
 
 
-@dataclass(frozen=True, slots=True)
-class PlainWeight:
-    """A bfloat16 weight [out, in] as it is, where oneDNN has no order of its own for it."""
-
-    tensor: Tensor
-
-    @property
-    def out_features(self) -> int:
-        return self.tensor.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
-
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, self.tensor, bias)
-
-
 class CpuKernels:
     """See `Kernels`. In float32 every result row has the same bits in any batch, by any number of threads."""
 
@@ -78,7 +60,7 @@ class CpuKernels:
         weight = weight.contiguous()
         if weight.dtype == torch.bfloat16:
             if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                return PlainWeight(weight.clone())
+                return PlainWeight(weight.clone())  # oneDNN has no order of its own for this processor
             ordered = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL_ROWS)
             return OneDnnWeight(ordered, weight.shape[0], weight.nbytes)
         rows, columns = weight.shape

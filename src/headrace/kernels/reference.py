@@ -25,6 +25,9 @@ class PlainWeight:
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, self.tensor, bias)
+
 
 class ReferenceKernels:
     """See `Kernels`. Does not promise that a row has the same bits in any batch: torch's products may not."""
@@ -36,7 +39,7 @@ class ReferenceKernels:
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         assert isinstance(weight, PlainWeight)
-        return functional.linear(x, weight.tensor, None if bias is None else bias.to(x.dtype))
+        return weight.multiply(x, None if bias is None else bias.to(x.dtype))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

@@ -11,7 +11,7 @@ namespace {
 using namespace headrace;
 
 // Below this many elements a second thread costs more than it brings.
-constexpr int64_t PARALLEL = 32768;
+constexpr int64_t PARALLEL = 131072;
 
 template <class T>
 void norm_row(const T* x, const float* weight, float eps, T* y, int64_t size) {

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "table.h"
@@ -23,6 +24,15 @@ constexpr int OUTPUT_ROWS = W == 16 ? 6 : 2;  // rows of outputs in registers at
 struct Task {
     int64_t sequence, head, token, tokens;
 };
+
+// Call a function with min(count, MOST) as a constant of the compiler's, so that as many rows stay in registers.
+template <int MOST, class Function>
+void by_count(int64_t count, Function function) {
+    if constexpr (MOST > 1) {
+        if (count < MOST) return by_count<MOST - 1>(count, function);
+    }
+    function(std::integral_constant<int, MOST>{});
+}
 
 // Working memory of one thread.
 struct Scratch {
@@ -140,30 +150,20 @@ void run_task(const Task& task, const Rows& queries, const Cache& cache, const B
         int64_t row = low * group, end = high * group;
         int64_t place = ((int64_t)batch.tables[task.sequence * batch.table_stride + block] * cache.kv_heads + task.head) * head * size;
         const T *keys = (const T*)cache.keys + place, *values = (const T*)cache.values + place;
-        for (int64_t r = row; r < end;) {
-            if (end - r >= SCORE_ROWS) {
-                score_rows<SCORE_ROWS>(&s.queries[r * head], keys, &s.scores[r * size], head, size);
-                r += SCORE_ROWS;
-            } else {
-                score_rows<1>(&s.queries[r * head], keys, &s.scores[r * size], head, size);
-                r++;
-            }
-        }
+        for (int64_t r = row; r < end; r += SCORE_ROWS)
+            by_count<SCORE_ROWS>(end - r, [&](auto count) {
+                score_rows<count>(&s.queries[r * head], keys, &s.scores[r * size], head, size);
+            });
         for (int64_t r = row; r < end; r++) {
             int64_t own = position + r / group;
             int64_t visible = spec.window ? std::max<int64_t>(0, own - spec.window + 1 - begin) : 0;
             soften_row(&s.scores[r * size], &s.outputs[r * head], s.top[r], s.total[r], head, size, visible,
                        std::min(size, own + 1 - begin), spec.soft_cap);
         }
-        for (int64_t r = row; r < end;) {
-            if (end - r >= OUTPUT_ROWS) {
-                add_values<OUTPUT_ROWS>(&s.scores[r * size], values, &s.outputs[r * head], head, size, from, to);
-                r += OUTPUT_ROWS;
-            } else {
-                add_values<1>(&s.scores[r * size], values, &s.outputs[r * head], head, size, from, to);
-                r++;
-            }
-        }
+        for (int64_t r = row; r < end; r += OUTPUT_ROWS)
+            by_count<OUTPUT_ROWS>(end - r, [&](auto count) {
+                add_values<count>(&s.scores[r * size], values, &s.outputs[r * head], head, size, from, to);
+            });
     }
     for (int64_t r = 0; r < rows; r++) {
         T* into = y + (start + task.token + r / group) * queries.inner * head + (task.head * group + r % group) * head;

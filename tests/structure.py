@@ -17,7 +17,7 @@ LOWEST = {"core", "options", "meter"}
 LEVELS = [
     {"", "__main__"},
     {"cli"},
-    {"server", "job", "plan"},
+    {"server", "job", "plan", "judge"},
     {"llm"},
     {"engine"},
     {"schedule", "model"},
@@ -28,7 +28,7 @@ LEVELS = [
 LEAVES = {"core": set(), "options": {"core"}, "meter": {"core", "options"}}
 NEVER = {("model", "checkpoint")}
 EXCEPT = {("model", "checkpoint.base")}
-OPTIONAL = {"huggingface_hub", "ray", "triton"}
+OPTIONAL = {"huggingface_hub", "matplotlib", "ray", "triton"}
 WITHOUT_TORCH = ("core", "options", "schedule", "cache.layout", "cache.blocks", "cache.prefix", "cache.ledger")
 TENSORS = {"torch", "numpy", "jax"}
 

@@ -43,7 +43,7 @@ class LLM:
         self,
         model: str = DEFAULT_MODEL,
         *,
-        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        precision: Literal["auto", "fp32", "bf16", "int8"] = "auto",
         kv_cache_bytes: int | None = None,
         threads: int | None = None,
         **options: Any,
@@ -133,7 +133,14 @@ class LLM:
 
     def report(self) -> dict[str, Any]:
         """What all calls of this LLM did so far, as `headrace run` writes it into its report."""
-        return describe_run(self.engine.counters, self.load_seconds, self.run_seconds, self.resolved, self.model_hash)
+        return describe_run(
+            self.engine.counters,
+            self.engine.meter,
+            self.load_seconds,
+            self.run_seconds,
+            self.resolved,
+            self.model_hash,
+        )
 
     def close(self) -> None:
         """Free the model and the KV cache. The LLM cannot be used after it."""

@@ -13,6 +13,8 @@ from headrace.core import InputError
 
 DEFAULT_MODEL = "smollm2-135m"
 
+PrecisionName = Literal["fp32", "bf16", "int8"]
+
 
 def setting(default: Any, meaning: str, *, metavar: str | None = None, low: float | None = None) -> Any:
     """A dataclass field that knows its own one-line meaning and, for numbers, the least value allowed."""
@@ -40,12 +42,17 @@ class EngineOptions(Options):
     """How the model is loaded and run."""
 
     model: str = setting(DEFAULT_MODEL, "A name from `headrace models`, a model folder, a .gguf file or a hub id.")
-    precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "Number format of weights and KV cache; auto is bf16 where the processor multiplies it, else fp32."
+    precision: Literal["auto", "fp32", "bf16", "int8"] = setting(
+        "auto",
+        "Number format of products: int8 is fastest and loses a little; auto is the fastest whose loss on this model "
+        "`headrace eval agree` has measured and found small, else bf16 or fp32.",
     )
     device: Literal["cpu", "cuda"] = setting("cpu", "Where the arithmetic runs.")
     kernels: Literal["auto", "cpu", "reference"] = setting(
         "auto", "Arithmetic: the C++ extension (cpu), plain torch (reference), or the best one present (auto)."
+    )
+    instruction_set: Literal["auto", "avx512_bf16", "avx512", "avx2", "portable"] = setting(
+        "auto", "What of the processor the C++ kernels use: the best it has (auto), or less, to compare."
     )
     threads: int | None = setting(None, "Processor threads; all cores if not given.", low=1)
     kv_cache_bytes: int | None = setting(
@@ -109,6 +116,12 @@ class RunOptions(Options):
     )
     max_errors: str | None = setting(
         None, "Stop after this many failed rows, or this share such as 5%.", metavar="N|P%"
+    )
+    price_per_hour: float | None = setting(
+        None, "Price of this machine an hour, in any currency; the report then says what the run cost.", low=0
+    )
+    trace: str | None = setting(
+        None, "Write every step and its parts to this file, for chrome://tracing or Perfetto.", metavar="FILE"
     )
     fresh: bool = setting(False, "Forget an earlier run on the same output and start anew.")
     quiet: bool = setting(False, "Print nothing but errors.")

@@ -14,8 +14,10 @@ from headrace.cache.layout import CacheLayout
 class PagedCache:
     """Keys and values of `num_blocks` blocks, shared by all groups of a layout.
 
-    keys    [blocks, kv heads, head size, block size]: scores are computed for many keys at once
-    values  [blocks, kv heads, block size, head size]: outputs are computed for many head elements at once
+    keys    [blocks, kv heads, head size / pair, block size, pair]: scores are computed for many keys at once
+    values  [blocks, kv heads, block size / pair, head size, pair]: outputs are computed for many head elements at once
+
+    where pair is 1 in float32 and 2 in bfloat16 (see `Kernels`).
 
     Zero-filled, on a CPU by the operating system as blocks are first touched: an unused budget costs no memory.
     """
@@ -27,8 +29,9 @@ class PagedCache:
         self.num_blocks = num_blocks
         self.device = device
         self.block_bytes = block_bytes(layout, kv_heads, head_size, dtype)
-        key_shape = (num_blocks, kv_heads, head_size, layout.block_size)
-        value_shape = (num_blocks, kv_heads, layout.block_size, head_size)
+        pair = 4 // dtype.itemsize
+        key_shape = (num_blocks, kv_heads, head_size // pair, layout.block_size, pair)
+        value_shape = (num_blocks, kv_heads, layout.block_size // pair, head_size, pair)
         layers = range(layout.layers_per_group)
         self.keys = [make_zeros(key_shape, dtype, device) for _ in layers]
         self.values = [make_zeros(value_shape, dtype, device) for _ in layers]

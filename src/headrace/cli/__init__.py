@@ -1,4 +1,4 @@
-"""The command line: `headrace run`, `pull`, `models`. Starts without torch; a command loads what it needs."""
+"""The command line: `headrace run`, `report`, `pull`, `models`, `bench`, `eval`. Starts without torch."""
 
 from headrace.cli.commands import app
 from headrace.cli.entry import main

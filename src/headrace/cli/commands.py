@@ -1,4 +1,4 @@
-"""The commands `headrace run`, `pull` and `models`: flags in, calls to the other rooms out.
+"""The command line's root, and `headrace run`, `pull` and `models`: flags in, calls to the other rooms out.
 
 The flags of `run` are generated from the option classes. Rooms that load torch are imported inside the command that
 needs them, so that help and typing errors answer at once.
@@ -17,6 +17,8 @@ import typer
 
 from headrace import __version__
 from headrace.cli.config import resolve
+from headrace.cli.grouped import GroupedCommand
+from headrace.cli.measuring import bench, judge, report
 from headrace.cli.settings import Setting, all_settings
 from headrace.core import InputError
 
@@ -27,21 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-
-
-class GroupedCommand(typer.core.TyperCommand):
-    """A command whose help lists its flags in groups, as plain text that a pipe or a narrow terminal keeps whole."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                group = getattr(parameter, "rich_help_panel", None) or "Files and help"
-                groups.setdefault(group, []).append((record[0].removesuffix(" <str>"), record[1]))
-        for group, records in groups.items():
-            with formatter.section(group):
-                formatter.write_dl(records)
 
 
 def show_version(wanted: bool) -> None:
@@ -123,6 +110,9 @@ def add_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app.command(cls=GroupedCommand)(add_settings(run))
+app.command(cls=GroupedCommand)(report)
+app.add_typer(bench, name="bench")
+app.add_typer(judge, name="eval")
 
 
 @app.command(cls=GroupedCommand)

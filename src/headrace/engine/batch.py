@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headrace.core import Chunk, Sequence
 from headrace.kernels.base import RaggedBatch
+from headrace.meter.operations import Piece
 
 
 def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], block_size: int, device: str) -> RaggedBatch:
@@ -45,6 +46,14 @@ def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], block_size: int, device
         slots=tuple(send(slot + positions % block_size) for slot in slots),
         logit_rows=send(np.array(logit_rows, dtype=np.int64)),
     )
+
+
+def describe_pieces(scheduled: Rows[tuple[Chunk, Sequence]]) -> list[Piece]:
+    """What the meter counts of a step, before the step changes the sequences."""
+    return [
+        Piece(chunk.start, chunk.length, len(wanted_rows(chunk, sequence)), chunk.start >= sequence.prompt_length)
+        for chunk, sequence in scheduled
+    ]
 
 
 def wanted_rows(chunk: Chunk, sequence: Sequence) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Rows
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from headrace.cache.paged import PagedCache
 from headrace.checkpoint import Tokenizer
 from headrace.core import Chunk, Request, RowError, Sequence, StepPlan
-from headrace.engine.batch import build_batch, wanted_rows
+from headrace.engine.batch import build_batch, describe_pieces, wanted_rows
 from headrace.engine.generation import Generation
 from headrace.engine.outputs import RequestOutput
 from headrace.engine.sampling import Choice, sample
 from headrace.engine.structure import ConstraintCompiler
 from headrace.meter.counters import Counters
+from headrace.meter.meter import Meter
+from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model
 from headrace.schedule.apply import abort, advance, apply, finish
 from headrace.schedule.base import Schedule
@@ -36,6 +39,7 @@ class Engine:
         state: SchedulerState,
         schedule: Schedule,
         seed: int = 0,
+        meter: Meter | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -43,6 +47,7 @@ class Engine:
         self.state = state
         self.schedule = schedule
         self.seed = seed
+        self.meter = meter or Meter(model.shape, None, Stopwatch())
         self.counters = Counters(
             kv_bytes_per_token=cache.bytes_per_token, kv_budget_bytes=cache.num_blocks * cache.block_bytes
         )
@@ -85,16 +90,23 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Compute one batch of tokens; the requests that it finished."""
-        plan = self.schedule.plan(self.state, self.state.limits)
-        if not plan.chunks:
-            return []
-        apply(plan, self.state)
-        scheduled = [(chunk, self.state.find(chunk.sequence)) for chunk in plan.chunks]
-        batch = build_batch(scheduled, self.cache.layout.block_size, self.cache.device)
-        hidden = self.model.forward(batch, self.cache)
-        self._count(plan, scheduled)
-        advance(plan, self.state)
-        return self._commit(scheduled, hidden)
+        began = time.perf_counter()
+        with self.meter.watch.part("scheduling"):
+            plan = self.schedule.plan(self.state, self.state.limits)
+            if not plan.chunks:
+                return []
+            apply(plan, self.state)
+            scheduled = [(chunk, self.state.find(chunk.sequence)) for chunk in plan.chunks]
+            batch = build_batch(scheduled, self.cache.layout.block_size, self.cache.device)
+            pieces = describe_pieces(scheduled)
+        with self.meter.watch.part("between kernels"):
+            hidden = self.model.forward(batch, self.cache)
+        with self.meter.watch.part("sampling"):
+            self._count(plan, scheduled)
+            advance(plan, self.state)
+            outputs = self._commit(scheduled, hidden)
+        self.meter.count(pieces, began)
+        return outputs
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Take a request out, whatever state it is in; what it had said so far, or None if it is not here."""

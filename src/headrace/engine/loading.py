@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -12,13 +13,16 @@ from headrace.checkpoint import Tokenizer, name_model, open_checkpoint
 from headrace.core import InputError
 from headrace.engine.engine import Engine
 from headrace.engine.memory import read_available_bytes
+from headrace.engine.precision import choose_precision
 from headrace.kernels import choose_kernels
+from headrace.kernels.timed import TimedKernels
+from headrace.meter.meter import Meter
+from headrace.meter.peaks import describe_machine, load_peaks
+from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model, ModelSettings, load_model
 from headrace.options import EngineOptions
 from headrace.schedule.fcfs import FirstComeFirstServed
 from headrace.schedule.state import SchedulerState
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,37 +41,37 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
 
     Raises ModelError for a model that cannot be used, InputError for settings that cannot work here.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    kernels = choose_kernels(options.kernels, options.device)
-    precision = choose_precision(options)
+    watch = Stopwatch()
+    kernels = TimedKernels(choose_kernels(options.kernels, options.device, options.instruction_set), watch)
+    threads = options.threads or count_cores()
     checkpoint = open_checkpoint(options.model)
+    precision, why = choose_precision(options, kernels.instruction_set, checkpoint.hash())
     settings = ModelSettings(
         precision=precision, device=options.device, block_size=options.block_size, max_context=options.max_context
     )
+    kernels.set_threads(threads)
     model = load_model(checkpoint, kernels, settings)
-    cache = make_cache(model, options, DTYPES[precision])
+    cache = make_cache(model, options, model.embedding.dtype)
     context = model.config.context_length
     state = SchedulerState.create(cache.layout, cache.num_blocks, options, context, cache.block_bytes)
     tokenizer = checkpoint.tokenizer()
-    engine = Engine(model, tokenizer, cache, state, FirstComeFirstServed(), options.seed)
+    meter = Meter(model.shape, load_peaks(describe_machine(kernels.instruction_set), threads), watch)
+    engine = Engine(model, tokenizer, cache, state, FirstComeFirstServed(), options.seed, meter)
     resolved = asdict(options) | {
         "precision": precision,
+        "precision_reason": why,
+        "instruction_set": kernels.instruction_set,
         "kernels": kernels.name,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "kv_cache_bytes": cache.num_blocks * cache.block_bytes,
         "max_context": model.config.context_length,
     }
     return LoadedEngine(engine, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
 
 
-def choose_precision(options: EngineOptions) -> Literal["fp32", "bf16"]:
-    """bf16 where the processor multiplies it by itself; elsewhere it would be emulated and slower than fp32."""
-    if options.precision != "auto":
-        return options.precision
-    if options.device == "cuda":
-        return "bf16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+def count_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_cache(model: Model, options: EngineOptions, dtype: torch.dtype) -> PagedCache:

@@ -94,7 +94,8 @@ class Feed:
             self._tokens -= len(pending.request.prompt_token_ids) * len(pending.rows)
             self._held -= len(pending.rows)
             self.flow.shared += len(pending.rows) - 1
-            answer = make_answer(output, self._decode)
+            with self.engine.meter.watch.part("tokenization"):
+                answer = make_answer(output, self._decode)
             self.flow.output_tokens += answer.output_tokens
             for draft, shortened in pending.rows:
                 finished.append(self._finish(draft, answer, shortened, pending.key))
@@ -114,7 +115,9 @@ class Feed:
                 drafts.append(self.drafter.draft(row, name))
             except RowError as error:
                 finished.append(Finished(row.index, Record(name or guess_id(row), row.line, failed(error), now())))
-        for draft, tokens in zip(drafts, encode_drafts(drafts, self.tokenizer), strict=True):
+        with self.engine.meter.watch.part("tokenization"):
+            encoded = encode_drafts(drafts, self.tokenizer)
+        for draft, tokens in zip(drafts, encoded, strict=True):
             try:
                 self._admit(draft, tokens, finished)
             except RowError as error:

@@ -17,7 +17,7 @@ import msgspec
 
 from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.core import Constraint, InputError, RowError, SamplingParams
-from headrace.engine.loading import choose_precision
+from headrace.engine.precision import choose_precision
 from headrace.job.drafts import Drafter, default_params
 from headrace.job.journal import Journal, open_journal
 from headrace.job.openai import BatchDrafter
@@ -200,13 +200,15 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
     tokenizer = checkpoint.tokenizer()
     vocabulary = f"{tokenizer.backend.to_str()}\0{tokenizer.chat_template}\0{sorted(tokenizer.eos_token_ids)}"
     engine, run = ask.engine, ask.run
+    kernels = choose_kernels(engine.kernels, engine.device, engine.instruction_set)
     facts = {
         "input": input_hash,
         "model": checkpoint.hash(),
         "model configuration": digest(checkpoint.config),
         "tokenizer": digest(vocabulary),
-        "precision": choose_precision(engine),
-        "kernels": choose_kernels(engine.kernels, engine.device).name,
+        "precision": choose_precision(engine, kernels.instruction_set, checkpoint.hash())[0],
+        "kernels": kernels.name,
+        "instruction_set": kernels.instruction_set,
         "device": engine.device,
         "seed": engine.seed,
         "max_context": engine.max_context,

@@ -20,6 +20,7 @@ from headrace.job.results import write_results
 from headrace.job.stop import INTERRUPTED, TOO_MANY_ERRORS, JobStopped, StopSignals, explain_disk_errors, lock_output
 from headrace.llm import LLM
 from headrace.meter.counters import Counters
+from headrace.meter.meter import Meter
 from headrace.meter.report import describe_run, write_report
 from headrace.options import EngineOptions, RunOptions, SamplingOptions
 
@@ -29,6 +30,7 @@ class Work:
     """What this run did."""
 
     counters: Counters
+    meter: Meter | None
     settings: dict[str, Any]
     load_seconds: float = 0.0
     run_seconds: float = 0.0
@@ -66,7 +68,7 @@ def complete(job: Job, stop: StopSignals) -> dict[str, Any]:
             progress.say(f"all {job.rows:,} rows are answered already in {job.ask.output}")
             progress.show_report(report)
             return report
-        work = Work(Counters(), job.ask.settings())
+        work = Work(Counters(), None, job.ask.settings())
     else:
         if totals.rows:
             progress.say(f"{totals.rows:,} of {job.rows:,} rows are done already; going on with the rest")
@@ -79,9 +81,13 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
     """Load the model and answer the rows that are not in the journal. Raises JobStopped."""
     progress.say(f"loading {job.ask.engine.model}")
     with LLM(**asdict(job.ask.engine)) as llm:
+        if job.ask.engine.precision == "auto":
+            progress.say(f"precision {llm.resolved['precision']}: {llm.resolved['precision_reason']}")
         progress.restart_clock()
         engine = llm.engine
-        work = Work(engine.counters, job.ask.settings() | llm.resolved, llm.load_seconds)
+        work = Work(engine.counters, engine.meter, job.ask.settings() | llm.resolved, llm.load_seconds)
+        if job.ask.run.trace is not None:
+            engine.meter.write_trace(Path(job.ask.run.trace))
         names = {llm.model_name, job.ask.engine.model, None}
         feed = Feed(job.source.rows(), job.make_drafter(llm.tokenizer), engine, llm.tokenizer, job.journal)
         progress.state.flow = feed.flow
@@ -91,13 +97,15 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
             if engine.unfinished:
                 finished += feed.collect(engine.step())
             if finished:
-                job.journal.save(finished)
+                with engine.meter.watch.part("files"):
+                    job.journal.save(finished)
                 count(finished, work, progress.state)
                 for each in finished:
                     tell(each, names, llm.model_name, progress)
             progress.update(engine.counters)
         progress.update(engine.counters, last=True)
         work.run_seconds, work.shared = progress.seconds, feed.flow.shared
+        engine.meter.close()
     return work
 
 
@@ -164,7 +172,7 @@ def make_report(job: Job, work: Work) -> dict[str, Any]:
         "requests": work.rows,
         "succeeded": work.rows - work.failed,
         "failed": work.failed,
-        **describe_run(work.counters, work.load_seconds, work.run_seconds, work.settings, job.model_hash),
+        **describe_run(work.counters, work.meter, work.load_seconds, work.run_seconds, work.settings, job.model_hash),
         "rows_total": job.rows,
         "rows_resumed": totals.rows - work.rows,
         "rows_shared": work.shared,

@@ -8,15 +8,24 @@ from functools import cache
 import torch
 
 from headrace.core import InputError
-from headrace.kernels.base import Activation, AttentionSpec, Kernels, PackedWeight, RaggedBatch
+from headrace.kernels.base import Activation, AttentionSpec, HeadSpec, Kernels, Matrix, PackedWeight, RaggedBatch
 from headrace.kernels.reference import ReferenceKernels
 
-__all__ = ["Activation", "AttentionSpec", "Kernels", "PackedWeight", "RaggedBatch", "choose_kernels"]
+__all__ = [
+    "Activation",
+    "AttentionSpec",
+    "HeadSpec",
+    "Kernels",
+    "Matrix",
+    "PackedWeight",
+    "RaggedBatch",
+    "choose_kernels",
+]
 
 log = logging.getLogger("headrace")
 
 
-def choose_kernels(name: str, device: str) -> Kernels:
+def choose_kernels(name: str, device: str, instruction_set: str = "auto") -> Kernels:
     """Kernels by name: cpu, reference, or auto, the fastest that this machine has.
 
     Raises InputError for what cannot be had here. auto without the C++ extension says so once and is plain torch.
@@ -34,7 +43,10 @@ def choose_kernels(name: str, device: str) -> Kernels:
             raise InputError(f"the C++ extension cannot be loaded ({error}): install headrace again") from error
         warn_once(f"the C++ extension cannot be loaded ({error}): plain torch does the arithmetic, slowly")
         return ReferenceKernels()
-    return CpuKernels()
+    try:
+        return CpuKernels(instruction_set)
+    except ValueError as error:
+        raise InputError(f"instruction_set {instruction_set} cannot be used: {error}") from error
 
 
 @cache

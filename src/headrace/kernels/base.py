@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -56,8 +57,45 @@ class AttentionSpec:
     group: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight matrix as a quantisation stores it, before a kernel lays it out for itself.
+
+    values       [out, in] float32, bfloat16, or int8 from -127 to 127
+    scales       float32 [out], int8 only: a weight is its value times its row's scale
+    input_group  int8 only: so many neighbouring inputs of a token share one scale, the largest magnitude over 127, when
+                 they are rounded to 8 bits; a multiple of 4
+    bias         float32 [out] or None
+    activation   None, or the first half of the outputs are gates and a product gives activation(gate) * second half
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+    input_group: int = 0
+    bias: Tensor | None = None
+    activation: Activation | None = None
+
+    @property
+    def out_features(self) -> int:
+        """Features that a product gives."""
+        return self.values.shape[0] // (1 if self.activation is None else 2)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.values, self.scales, self.bias) if part is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """What is done to queries and keys before they are rotated: norms over a head (float32 [D]) in some families."""
+
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    eps: float = 0.0
+
+
 class PackedWeight(Protocol):
-    """A weight matrix [out, in] in a kernel's own layout."""
+    """A weight matrix in a kernel's own layout."""
 
     @property
     def out_features(self) -> int: ...
@@ -69,42 +107,56 @@ class PackedWeight(Protocol):
 class Kernels(Protocol):
     """Arithmetic primitives. Activations are contiguous, of the model's dtype (float32 or bfloat16).
 
-    Key cache layout  [blocks, kv heads, head size, block size] (block size innermost, a multiple of 16);
-    value cache       [blocks, kv heads, block size, head size]. Both zero-filled when made.
+    Key cache layout  [blocks, kv heads, head size / pair, block size, pair], block size a multiple of 16;
+    value cache       [blocks, kv heads, block size / pair, head size, pair].
+    pair is 1 in float32 and 2 in bfloat16: processors multiply two neighbouring bfloat16 at a time. Both caches are
+    zero-filled when made.
 
-    Invariance (`cpu` promises it in float32, `reference` does not): a row of any result has the same bits whatever
-    other rows are in the call, because each output element is summed in an order that depends only on its own row.
+    Invariance (`cpu` promises it, `reference` does not): a row of any result has the same bits whatever other rows are
+    in the call, because each output element is summed in an order that depends only on its own row.
     """
 
     name: str
 
-    def pack(self, weight: Tensor) -> PackedWeight:
-        """Lay out a float32 or bfloat16 weight [out, in] for `linear`. Copies; the argument may be freed."""
+    @property
+    def instruction_set(self) -> str:
+        """What of the processor is used."""
         ...
 
-    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-        """x [T, in] times the weight's transpose, plus bias [out]: [T, out] in x's dtype, float32 sums."""
+    def set_threads(self, threads: int) -> None:
+        """Use so many processor threads from now on."""
+        ...
+
+    def pack(self, matrix: Matrix) -> PackedWeight:
+        """Lay a matrix out for `linear`. Copies; the argument may be freed."""
+        ...
+
+    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+        """x [T, in] times the weight's transpose with all that its Matrix says: [T, out] of the dtype, x's own if None.
+        x is of the weight's dtype, or of any where that is int8. Sums are float32, for int8 exact integers."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., H] / sqrt(mean(x^2) + eps) * weight [H] (float32), computed in float32, returned in x's dtype."""
+        """x [T, H] / sqrt(mean(x^2) + eps) * weight [H] (float32), computed in float32, returned in x's dtype."""
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """residual += x in place (both [T, H]), then rms_norm of the new residual."""
         ...
 
-    def gated_activation(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """gate_up [T, 2 I] holds gate then up: activation(gate) * up, [T, I], computed in float32."""
-        ...
+    def place_heads(
+        self,
+        fused: Tensor,
+        spec: HeadSpec,
+        rotation: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        slots: Tensor,
+    ) -> None:
+        """Write a step's keys and values into one layer's cache, and make its queries ready, in place.
 
-    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Rotary embedding in place: heads [T, h, D] (the last two dimensions contiguous, any stride between
-        tokens); cos and sin float32 [T, D/2]. Pairs are (i, i + D/2), as Hugging Face lays them out."""
-        ...
-
-    def write_kv(self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-        """Write keys and values [T, kv heads, D] (any stride between tokens) into their slots of one layer's cache."""
+        fused [T, heads + 2 kv heads, D] holds queries, keys, values. Queries and keys are normed as spec says and
+        rotated by cos and sin, float32 [T, D/2] each; pairs are (i, i + D/2), as Hugging Face lays them out. cache is
+        the layer's keys and values; slots of neighbouring tokens of a sequence ascend."""
         ...
 
     def attention(
@@ -112,5 +164,6 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Causal attention of queries [T, heads, D] (any stride between tokens) over their sequences' cached keys and
         values, this step's included: [T, heads, D] contiguous. heads is a multiple of kv heads; query head h reads
-        kv head h // (heads / kv heads). Softmax in float32. The cache may be float32 or bfloat16, as queries are."""
+        kv head h // (heads / kv heads). Softmax in float32, its weights rounded to the
+        cache's dtype, which is that of the queries."""
         ...

@@ -1,7 +1,7 @@
-"""The kernels in C++, for float32 and bfloat16 on any processor; the fastest instruction set is chosen when loaded.
+"""The kernels in C++, in float32, bfloat16 and 8-bit integers, on any processor; the fastest instruction set is chosen
+when this is loaded.
 
-This module checks shapes and hands addresses over; csrc/ holds the arithmetic. torch is imported before the extension
-so that both use one OpenMP thread pool, whose size torch.set_num_threads sets.
+This module checks shapes and hands addresses over; csrc/ holds the arithmetic and its pool of threads.
 """
 
 from __future__ import annotations
@@ -10,102 +10,115 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import headrace.kernels._cpu as _cpu
-from headrace.kernels.base import Activation, AttentionSpec, PackedWeight, RaggedBatch
-from headrace.kernels.reference import PlainWeight
+from headrace.kernels.base import AttentionSpec, HeadSpec, Matrix, PackedWeight, RaggedBatch
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 PANEL = 32
-# oneDNN orders a weight for products of about so many rows.
-USUAL_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class PanelWeight:
-    """A float32 weight as panels of 32 output features, [out / 32, in, 32], zeros where out ends."""
+    """A weight as panels of 32 outputs (csrc/table.h), with what the extension needs to know of it as one tuple."""
 
     panels: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    description: tuple[int, ...]
+    dtype: torch.dtype
+    in_features: int
     out_features: int
 
     @property
     def nbytes(self) -> int:
-        return self.panels.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class OneDnnWeight:
-    """A bfloat16 weight in oneDNN's own order for this processor, so that no product has to reorder it first."""
-
-    tensor: Tensor
-    out_features: int
-    nbytes: int
-
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.tensor, bias, "none", [], "")
-        return result
+        return sum(part.nbytes for part in (self.panels, self.scales, self.bias) if part is not None)
 
 
 class CpuKernels:
-    """See `Kernels`. In float32 every result row has the same bits in any batch, by any number of threads."""
+    """See `Kernels`. Every result row has the same bits in any batch, by any number of threads."""
 
     name = "cpu"
 
+    def __init__(self, instruction_set: str = "auto") -> None:
+        """Use this instruction set, in the whole process. Raises ValueError for one that the processor lacks."""
+        _cpu.use_instruction_set(_cpu.instruction_sets()[0] if instruction_set == "auto" else instruction_set)
+
     @property
     def instruction_set(self) -> str:
-        """portable, avx2 or avx512."""
+        """portable, avx2, avx512 or avx512_bf16."""
         return _cpu.instruction_set()
 
-    def pack(self, weight: Tensor) -> PackedWeight:
-        weight = weight.contiguous()
-        if weight.dtype == torch.bfloat16:
-            if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                return PlainWeight(weight.clone())  # oneDNN has no order of its own for this processor
-            ordered = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL_ROWS)
-            return OneDnnWeight(ordered, weight.shape[0], weight.nbytes)
-        rows, columns = weight.shape
-        panels = torch.empty(-(-rows // PANEL), columns, PANEL)
-        _cpu.pack(weight.data_ptr(), panels.data_ptr(), rows, columns)
-        return PanelWeight(panels, rows)
+    def set_threads(self, threads: int) -> None:
+        # torch does little beside these kernels, and its own threads would spin on the cores that the pool works on.
+        torch.set_num_threads(1)
+        _cpu.set_threads(threads)
 
-    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-        if isinstance(weight, OneDnnWeight | PlainWeight):
-            return weight.multiply(x, None if bias is None else bias.to(x.dtype))
+    def pack(self, matrix: Matrix) -> PackedWeight:
+        values = matrix.values.contiguous()
+        if values.dtype == torch.bfloat16 and values.shape[1] % 2:
+            values = functional.pad(values, (0, 1))
+        out, columns = matrix.out_features, values.shape[1]
+        width = PANEL if matrix.activation is None else PANEL // 2
+        count, lane = -(-out // width), 4 // values.itemsize
+        panels = torch.empty(count, -(-columns // lane), PANEL, lane, dtype=values.dtype)
+        scales, bias = (arrange(each, out, count) for each in (matrix.scales, matrix.bias))
+        numbers = (out, columns, matrix.input_group, GATES[matrix.activation])
+        description = (TYPES[values.dtype], panels.data_ptr(), *numbers, address(scales), address(bias))
+        _cpu.pack(values.data_ptr(), description, panels.data_ptr())
+        return PanelWeight(panels, scales, bias, description, values.dtype, matrix.values.shape[1], out)
+
+    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PanelWeight)
+        if x.shape[1] != weight.in_features or weight.dtype not in (x.dtype, torch.int8):
+            expected = f"a {weight.dtype} product over {weight.in_features} features"
+            raise ValueError(f"{expected} cannot take {x.dtype} {list(x.shape)}")
+        if weight.dtype == torch.bfloat16 and weight.in_features % 2:
+            x = functional.pad(x, (0, 1))
         x = x.contiguous()
-        columns = weight.panels.shape[1]
-        if x.shape[1] != columns or x.dtype != torch.float32:
-            raise ValueError(f"a float32 product over {columns} features cannot take {x.dtype} {list(x.shape)}")
-        y = torch.empty(len(x), weight.out_features)
-        address = 0 if bias is None else bias.data_ptr()
-        _cpu.linear(x.data_ptr(), weight.panels.data_ptr(), address, y.data_ptr(), len(x), weight.out_features, columns)
+        y = torch.empty(len(x), weight.out_features, dtype=dtype or x.dtype)
+        _cpu.linear(TYPES[x.dtype], x.data_ptr(), len(x), weight.description, TYPES[y.dtype], y.data_ptr())
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = torch.empty(x.shape, dtype=x.dtype)
-        rows = describe_rows(x if x.dim() == 3 else x[:, None])
-        _cpu.rms_norm(TYPES[x.dtype], rows, weight.data_ptr(), eps, y.data_ptr())
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        rows, size = x.shape
+        _cpu.rms_norm(TYPES[x.dtype], x.data_ptr(), weight.data_ptr(), eps, rows, size, y.data_ptr())
         return y
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = torch.empty_like(residual)
-        rows = describe_rows(x[:, None])
-        _cpu.add_rms_norm(TYPES[x.dtype], rows, residual.data_ptr(), weight.data_ptr(), eps, y.data_ptr())
+        if x.shape != residual.shape or not (x.is_contiguous() and residual.is_contiguous()):
+            raise ValueError(f"x {list(x.shape)} and residual {list(residual.shape)} must be alike and contiguous")
+        y = torch.empty_like(x)
+        (rows, size), kind = x.shape, TYPES[x.dtype]
+        _cpu.add_rms_norm(kind, x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, rows, size, y.data_ptr())
         return y
 
-    def gated_activation(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        size = gate_up.shape[1] // 2
-        y = torch.empty(len(gate_up), size, dtype=gate_up.dtype)
-        kind = TYPES[gate_up.dtype]
-        _cpu.gated_activation(kind, gate_up.data_ptr(), y.data_ptr(), len(gate_up), size, activation == "gelu_tanh")
-        return y
-
-    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-        _cpu.rotate(TYPES[heads.dtype], describe_rows(heads), cos.data_ptr(), sin.data_ptr())
-
-    def write_kv(self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-        cache = describe_cache(key_cache, value_cache)
-        _cpu.write_kv(TYPES[keys.dtype], describe_rows(keys), describe_rows(values), cache, slots.data_ptr())
+    def place_heads(
+        self,
+        fused: Tensor,
+        spec: HeadSpec,
+        rotation: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        slots: Tensor,
+    ) -> None:
+        described = describe_cache(*cache)
+        tokens, every, _ = fused.shape
+        if not fused.is_contiguous():
+            raise ValueError(f"queries, keys and values {list(fused.shape)} must be contiguous")
+        heads = (
+            fused.data_ptr(),
+            tokens,
+            every - 2 * described[2],
+            address(spec.query_norm),
+            address(spec.key_norm),
+            spec.eps,
+            *(each.data_ptr() for each in rotation),
+        )
+        _cpu.place_heads(TYPES[fused.dtype], heads, described, slots.data_ptr())  # type: ignore[arg-type]
 
     def attention(
         self, queries: Tensor, key_cache: Tensor, value_cache: Tensor, batch: RaggedBatch, spec: AttentionSpec
@@ -124,6 +137,15 @@ class CpuKernels:
         _cpu.attention(TYPES[queries.dtype], describe_rows(queries), cache, ragged, numbers, y.data_ptr())
         return y
 
+    def multiply_registers(self, dtype: torch.dtype, rounds: int) -> int:
+        """Multiply and add in registers only, so many rounds on every thread; how many multiply-adds that was."""
+        return _cpu.multiply_registers(TYPES[dtype], rounds)
+
+    def sweep(self, kind: int, data: Tensor) -> int:
+        """Go through memory once, reading (0), writing (1) or copying one half to the other (2); bytes that moved."""
+        _cpu.sweep(kind, data.data_ptr(), data.nbytes)
+        return data.nbytes
+
 
 def describe_rows(x: Tensor) -> tuple[int, int, int, int, int]:
     """Address, tokens, stride between tokens, heads and head size of x [T, h, D], whose tokens are contiguous."""
@@ -135,7 +157,23 @@ def describe_rows(x: Tensor) -> tuple[int, int, int, int, int]:
 
 def describe_cache(keys: Tensor, values: Tensor) -> tuple[int, int, int, int, int]:
     """Addresses, kv heads, head size and block size of one layer's cache. Raises ValueError for an odd block size."""
-    _, kv_heads, head_size, block_size = keys.shape
+    _, kv_heads, _, block_size, pair = keys.shape
     if block_size % 16:
         raise ValueError(f"the block size must be a multiple of 16, got {block_size}")
-    return keys.data_ptr(), values.data_ptr(), kv_heads, head_size, block_size
+    if pair * keys.itemsize != 4:
+        raise ValueError(f"a cache of {keys.dtype} must hold {4 // keys.itemsize} in a lane, got {pair}")
+    return keys.data_ptr(), values.data_ptr(), kv_heads, values.shape[3], block_size
+
+
+def arrange(numbers: Tensor | None, out: int, panels: int) -> Tensor | None:
+    """A number for each output [out], or [2 out] with gates first, as panels have them: float32 [32 * panels]."""
+    if numbers is None:
+        return None
+    parts = numbers.float().view(-1, out)
+    width = PANEL // len(parts)
+    padded = functional.pad(parts, (0, panels * width - out))
+    return padded.view(len(parts), panels, width).transpose(0, 1).contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

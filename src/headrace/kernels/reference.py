@@ -8,38 +8,52 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.kernels.base import Activation, AttentionSpec, PackedWeight, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, Matrix, PackedWeight, RaggedBatch
 
 
 @dataclass(frozen=True, slots=True)
 class PlainWeight:
-    """A weight [out, in] as it is."""
+    """A weight as it is."""
 
-    tensor: Tensor
+    matrix: Matrix
 
     @property
     def out_features(self) -> int:
-        return self.tensor.shape[0]
+        return self.matrix.out_features
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.nbytes
-
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, self.tensor, bias)
+        return self.matrix.nbytes
 
 
 class ReferenceKernels:
     """See `Kernels`. Does not promise that a row has the same bits in any batch: torch's products may not."""
 
     name = "reference"
+    instruction_set = "torch"
 
-    def pack(self, weight: Tensor) -> PackedWeight:
-        return PlainWeight(weight.clone())
+    def set_threads(self, threads: int) -> None:
+        torch.set_num_threads(threads)
 
-    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    def pack(self, matrix: Matrix) -> PackedWeight:
+        return PlainWeight(matrix)
+
+    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PlainWeight)
-        return weight.multiply(x, None if bias is None else bias.to(x.dtype))
+        matrix = weight.matrix
+        if matrix.scales is not None:
+            y = multiply_integers(x.float(), matrix.values, matrix.input_group) * matrix.scales
+        elif matrix.activation is None and dtype is None:
+            y = functional.linear(x, matrix.values).float()
+        else:
+            y = functional.linear(x.float(), matrix.values.float())
+        if matrix.bias is not None:
+            y = y + matrix.bias
+        if matrix.activation is not None:
+            gate, up = y.chunk(2, dim=-1)
+            gate = functional.silu(gate) if matrix.activation == "silu" else functional.gelu(gate, approximate="tanh")
+            y = gate * up
+        return y.to(dtype or x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -50,27 +64,32 @@ class ReferenceKernels:
         residual += x
         return self.rms_norm(residual, weight, eps)
 
-    def gated_activation(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        gate = functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
-        return (gate * up).to(gate_up.dtype)
-
-    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-        first, second = heads.float().chunk(2, dim=-1)
-        cos, sin = cos[:, None], sin[:, None]
-        heads.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
-
-    def write_kv(self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-        block_size = value_cache.shape[2]
+    def place_heads(
+        self,
+        fused: Tensor,
+        spec: HeadSpec,
+        rotation: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        slots: Tensor,
+    ) -> None:
+        key_cache, value_cache = cache
+        kv_heads = key_cache.shape[1]
+        parts = [fused.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
+        queries, keys, values = torch.split(fused, parts, dim=1)
+        for heads, norm in ((queries, spec.query_norm), (keys, spec.key_norm)):
+            if norm is not None:
+                heads.copy_(self.rms_norm(heads, norm, spec.eps))
+            rotate(heads, *rotation)
+        _, _, lanes, block_size, pair = key_cache.shape
         blocks, offsets = slots // block_size, slots % block_size
-        key_cache[blocks, :, :, offsets] = keys.to(key_cache.dtype)
-        value_cache[blocks, :, offsets] = values.to(value_cache.dtype)
+        key_cache[blocks, :, :, offsets] = keys.reshape(-1, kv_heads, lanes, pair)
+        value_cache[blocks, :, offsets // pair, :, offsets % pair] = values
 
     def attention(
         self, queries: Tensor, key_cache: Tensor, value_cache: Tensor, batch: RaggedBatch, spec: AttentionSpec
     ) -> Tensor:
         output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-        block_size, groups = value_cache.shape[2], queries.shape[1] // key_cache.shape[1]
+        block_size, groups = key_cache.shape[3], queries.shape[1] // key_cache.shape[1]
         starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
         for index, context in enumerate(contexts):
             rows = slice(starts[index], starts[index + 1])
@@ -78,8 +97,9 @@ class ReferenceKernels:
             first = 0 if spec.window is None else max(0, int(positions[0]) - spec.window + 1)
             blocks = batch.block_tables[spec.group][index, first // block_size : -(-context // block_size)].long()
             begin = first // block_size * block_size
-            keys = key_cache[blocks].permute(1, 0, 3, 2).flatten(1, 2)[:, : context - begin]
-            values = value_cache[blocks].permute(1, 0, 2, 3).flatten(1, 2)[:, : context - begin]
+            # [blocks, kv heads, lanes, block size, pair] to [kv heads, tokens, D], and the values likewise
+            keys = key_cache[blocks].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)[:, : context - begin]
+            values = value_cache[blocks].permute(1, 0, 2, 4, 3).flatten(1, 3)[:, : context - begin]
             places = torch.arange(begin, context, device=queries.device)
             hidden = places[None] > positions[:, None]
             if spec.window is not None:
@@ -97,3 +117,22 @@ class ReferenceKernels:
             scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         return torch.einsum("htc,hcd->thd", weights, values)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding of heads [T, h, D] in place."""
+    first, second = heads.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    heads.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+
+
+def multiply_integers(x: Tensor, values: Tensor, group: int) -> Tensor:
+    """x [T, in] rounded to 8 bits in groups of inputs, times int8 values [out, in]: [T, out] without their scales."""
+    result = torch.zeros(len(x), len(values), device=x.device)
+    for start in range(0, x.shape[1], group):
+        part = x[:, start : start + group]
+        scale = part.abs().amax(-1, keepdim=True) / 127
+        inverse = torch.where(scale > 0, 1 / scale, 0)
+        whole = (part.double() * inverse).round()
+        result += (whole @ values[:, start : start + group].double().T).float() * scale
+    return result

@@ -12,24 +12,38 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from headrace.core import InputError
 from headrace.meter.counters import Counters
+from headrace.meter.meter import Meter
+from headrace.meter.verdict import explain
 
+SHARES = (
+    ("mfu", "of peak arithmetic (MFU)"),
+    ("mbu", "of peak memory (MBU)"),
+    ("floor_share", "of the roofline's speed"),
+)
 PACKAGES = ("headrace", "torch", "tokenizers", "llguidance", "pyarrow")
 
 
 def describe_run(
-    counters: Counters, load_seconds: float, run_seconds: float, settings: Mapping[str, Any], model_hash: str
+    counters: Counters,
+    meter: Meter | None,
+    load_seconds: float,
+    run_seconds: float,
+    settings: Mapping[str, Any],
+    model_hash: str,
 ) -> dict[str, Any]:
     """The report of one engine's work. Seconds, bytes, and tokens a second of the time after loading.
 
-    Tokens are those of this engine, so a job that was continued counts here only what it did since.
+    Tokens are those of this engine, so a job that was continued counts here only what it did since. Without a meter,
+    as when nothing was left to do, the report says nothing of utilisation.
     """
     counts = counters.as_dict()
     tokens = counts["prompt_tokens"] + counts["output_tokens"]
     seconds = max(run_seconds, 1e-9)
     used = ("prompt_tokens", "cached_prompt_tokens", "computed_prompt_tokens", "recomputed_tokens", "output_tokens")
     memory = ("kv_bytes_per_token", "kv_peak_bytes", "kv_budget_bytes")
-    return {
+    report = {
         **{name: counts[name] for name in used},
         "load_s": round(load_seconds, 3),
         "wall_s": round(run_seconds, 3),
@@ -41,6 +55,12 @@ def describe_run(
         "versions": list_versions(),
         "model_hash": model_hash,
     }
+    price = settings.get("price_per_hour")
+    report["cost"] = None if price is None else round(price * (load_seconds + run_seconds) / 3600, 6)
+    if meter is not None and counts["steps"]:
+        report |= meter.describe(seconds)
+        report["verdict"] = explain(report, os.cpu_count() or 1)
+    return report
 
 
 def peak_rss_bytes() -> int:
@@ -71,6 +91,17 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     part.replace(path)
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that a run wrote. Raises InputError for anything else."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a report: {error}") from error
+    if not isinstance(report, dict) or "wall_s" not in report:
+        raise InputError(f"{path} is not a report of `headrace run`: name its OUTPUT.report.json")
+    return report
+
+
 def format_report(report: Mapping[str, Any]) -> str:
     """The report as the lines that a person wants to see."""
     job = report["job"]
@@ -86,6 +117,18 @@ def format_report(report: Mapping[str, Any]) -> str:
         ("KV memory", f"{format_bytes(report['kv_peak_bytes'])} at most, of {format_bytes(report['kv_budget_bytes'])}"),
         ("memory", f"{format_bytes(report['peak_rss_bytes'])} at most"),
     ]
+    if report.get("mfu") is not None:
+        shares = [f"{report[name]:.0%} {text}" for name, text in SHARES]
+        lines.append(("limit", ", ".join(shares)))
+    if "time_by_part_s" in report:
+        parts = sorted(report["time_by_part_s"].items(), key=lambda part: -part[1])
+        total = sum(seconds for _, seconds in parts) or 1.0
+        lines.append(("spent on", ", ".join(f"{name} {s / total:.0%}" for name, s in parts if s / total >= 0.005)))
+        lines.append(("verdict", report["verdict"]))
+    if report.get("energy_j") is not None:
+        lines.append(("energy", f"{report['energy_j']:,.0f} J"))
+    if report["cost"] is not None:
+        lines.append(("cost", f"{report['cost']:.4f}"))
     if report["rows_shared"]:
         lines.insert(2, ("shared", f"{report['rows_shared']:,} rows equal to another were answered from it"))
     if report["rows_shortened"]:

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from headrace.cache.layout import CacheLayout
 from headrace.cache.paged import PagedCache
-from headrace.kernels.base import AttentionSpec, Kernels, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, RaggedBatch
+from headrace.meter.operations import ModelShape
 from headrace.model.config import ModelConfig
 from headrace.model.rope import RotaryTable
-from headrace.quant.full import Linear
+from headrace.quant import Linear
+
+PRODUCTS = ("query_key_value", "output", "gate_up", "down", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +26,19 @@ class Layer:
     """One layer's weights. Norm weights are float32 [hidden]; the optional ones are None where a family has none."""
 
     attention_norm: Tensor
+    heads: HeadSpec
     query_key_value: Linear
     output: Linear
     mlp_norm: Tensor
     gate_up: Linear
     down: Linear
-    query_norm: Tensor | None = None
-    key_norm: Tensor | None = None
     attention_post_norm: Tensor | None = None
     mlp_post_norm: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        parts = (getattr(self, each.name) for each in fields(self))
-        return sum(part.nbytes for part in parts if part is not None)
+        parts = [getattr(self, each.name) for each in fields(self)] + [self.heads.query_norm, self.heads.key_norm]
+        return sum(part.nbytes for part in parts if isinstance(part, Tensor | Linear))
 
 
 class Model:
@@ -72,6 +74,25 @@ class Model:
         ends = self.embedding.nbytes + self.head.nbytes + self.final_norm.nbytes
         return ends + sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def shape(self) -> ModelShape:
+        """What the meter needs to count a step. The last layer computes only the wanted tokens after its attention."""
+        config, layer, layers = self.config, self.layers[0], len(self.layers)
+        parts = [(layer.query_key_value, layers, 0), (layer.output, layers - 1, 1)]
+        parts += [(layer.gate_up, layers - 1, 1), (layer.down, layers - 1, 1), (self.head, 0, 1)]
+        return ModelShape(
+            products=tuple(
+                linear.describe(name, *counts) for name, (linear, *counts) in zip(PRODUCTS, parts, strict=True)
+            ),
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_size=config.head_size,
+            hidden_size=config.hidden_size,
+            windows=config.windows,
+            item_bytes=self.embedding.itemsize,
+            format="fp32" if self.embedding.dtype == torch.float32 else "bf16",
+        )
+
     def forward(self, batch: RaggedBatch, cache: PagedCache) -> Tensor:
         """Compute the batch, write its keys and values into the cache: hidden states [R, hidden] of the wanted rows."""
         kernels, config = self.kernels, self.config
@@ -83,38 +104,35 @@ class Model:
         x = kernels.rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
         for index, layer in enumerate(self.layers):
             x = self._attend(index, x, batch, cache, rotations[config.rope_of_layer[index]])
+            last = index + 1 == len(self.layers)
+            if last:
+                # Nothing reads the other rows any more: their keys and values are in the cache.
+                x, residual = x[batch.logit_rows], residual[batch.logit_rows]
+            x = layer.output(x)
             if layer.attention_post_norm is not None:
                 x = kernels.rms_norm(x, layer.attention_post_norm, config.norm_eps)
             x = kernels.add_rms_norm(x, residual, layer.mlp_norm, config.norm_eps)
-            x = layer.down(kernels.gated_activation(layer.gate_up(x), config.activation))
+            x = layer.down(layer.gate_up(x))
             if layer.mlp_post_norm is not None:
                 x = kernels.rms_norm(x, layer.mlp_post_norm, config.norm_eps)
-            if index + 1 < len(self.layers):
-                x = kernels.add_rms_norm(x, residual, self.layers[index + 1].attention_norm, config.norm_eps)
-        wanted = residual[batch.logit_rows]
-        return kernels.add_rms_norm(x[batch.logit_rows], wanted, self.final_norm, config.norm_eps)
+            following = self.final_norm if last else self.layers[index + 1].attention_norm
+            x = kernels.add_rms_norm(x, residual, following, config.norm_eps)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [R, vocabulary] of hidden states [R, hidden]."""
-        logits = self.head(hidden).float()
+        logits = self.head(hidden, torch.float32)
         cap = self.config.logit_soft_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _attend(
         self, index: int, x: Tensor, batch: RaggedBatch, cache: PagedCache, rotation: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Attention of one layer over normed hidden states x [T, hidden]; writes the layer's keys and values."""
+        """Attention of one layer over normed hidden states x [T, hidden], before its output projection: [T, heads * D].
+        Writes the layer's keys and values."""
         layer, config, spec = self.layers[index], self.config, self.attention[index]
-        kernels = self.kernels
         fused = layer.query_key_value(x).view(len(x), config.heads + 2 * config.kv_heads, config.head_size)
-        parts = [config.heads, config.kv_heads, config.kv_heads]
-        queries, keys, values = torch.split(fused, parts, dim=1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            queries = kernels.rms_norm(queries, layer.query_norm, config.norm_eps)
-            keys = kernels.rms_norm(keys, layer.key_norm, config.norm_eps)
-        kernels.rotate(queries, *rotation)
-        kernels.rotate(keys, *rotation)
-        key_cache, value_cache = cache.layer(index)
-        kernels.write_kv(keys, values, key_cache, value_cache, batch.slots[spec.group])
-        attended = kernels.attention(queries, key_cache, value_cache, batch, spec)
-        return layer.output(attended.view(len(x), -1))
+        keys, values = cache.layer(index)
+        self.kernels.place_heads(fused, layer.heads, rotation, (keys, values), batch.slots[spec.group])
+        attended = self.kernels.attention(fused[:, : config.heads], keys, values, batch, spec)
+        return attended.view(len(x), -1)

@@ -7,23 +7,23 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from headrace.cache.layout import CacheLayout
 from headrace.core import InputError, ModelError
-from headrace.kernels.base import Kernels
+from headrace.kernels.base import Activation, HeadSpec, Kernels
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Layer, Model
 from headrace.model.rope import rope_frequencies
-from headrace.quant.full import Linear
+from headrace.options import PrecisionName
+from headrace.quant import FORMATS, Linear
 
 # Every other module beside these is a family, named by its config's model_type, with a function read_config.
 SHARED = {"config", "decoder", "loading", "rope"}
 FAMILIES = sorted(module.name for module in iter_modules([str(Path(__file__).parent)]) if module.name not in SHARED)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Weights(Protocol):
@@ -41,7 +41,7 @@ class Weights(Protocol):
 class ModelSettings:
     """How a model is laid out in memory. max_context cuts the context that the checkpoint allows."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: PrecisionName = "fp32"
     device: str = "cpu"
     block_size: int = 32
     max_context: int | None = None
@@ -60,7 +60,9 @@ def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> M
             raise InputError(f"max_context of {settings.max_context} is above the {most} tokens that the model allows")
         config = replace(config, context_length=settings.max_context)
     loader = _Loader(weights, config, kernels, settings)
-    embedding = loader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(loader.dtype)
+    embedding = loader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(
+        loader.format.dtype
+    )
     head = loader.linear(["lm_head"], [config.vocab_size], config.hidden_size) if not config.tied else None
     model = Model(
         config,
@@ -69,7 +71,7 @@ def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> M
         embedding.to(settings.device),
         [loader.layer(index) for index in range(config.layers)],
         loader.norm("model.norm", config.hidden_size),
-        head or Linear(kernels, embedding.to(settings.device), None, loader.dtype),
+        head or Linear(kernels, loader.format, embedding.to(settings.device)),
     )
     loader.check_all_read()
     return model
@@ -97,7 +99,7 @@ class _Loader:
         self.config = config
         self.kernels = kernels
         self.device = settings.device
-        self.dtype = DTYPES[settings.precision]
+        self.format = FORMATS[settings.precision]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of this shape. Raises ModelError naming what is missing or how its shape differs."""
@@ -127,18 +129,20 @@ class _Loader:
     def optional_norm(self, name: str, size: int, wanted: bool) -> Tensor | None:
         return self.norm(name, size) if wanted else None
 
-    def linear(self, names: list[str], rows: list[int], columns: int, bias: bool = False) -> Linear:
+    def linear(
+        self,
+        names: list[str],
+        rows: list[int],
+        columns: int,
+        bias: bool = False,
+        activation: Activation | None = None,
+    ) -> Linear:
         """Several weights [rows, columns] on top of each other as one product."""
-        weight = torch.cat(
-            [
-                self.read(f"{name}.weight", (each, columns)).to(self.dtype)
-                for name, each in zip(names, rows, strict=True)
-            ]
-        )
-        if bias:
-            parts = [self.read(f"{name}.bias", (each,)).float() for name, each in zip(names, rows, strict=True)]
-            return Linear(self.kernels, weight.to(self.device), torch.cat(parts).to(self.device), self.dtype)
-        return Linear(self.kernels, weight.to(self.device), None, self.dtype)
+        sizes = list(zip(names, rows, strict=True))
+        weight = torch.cat([self.read(f"{name}.weight", (each, columns)) for name, each in sizes])
+        added = torch.cat([self.read(f"{name}.bias", (each,)) for name, each in sizes]) if bias else None
+        weight, added = weight.to(self.device), None if added is None else added.to(self.device)
+        return Linear(self.kernels, self.format, weight, added, activation)
 
     def layer(self, index: int) -> Layer:
         config, prefix = self.config, f"model.layers.{index}"
@@ -151,11 +155,18 @@ class _Loader:
             output=self.linear([f"{prefix}.self_attn.o_proj"], [hidden], queries, config.output_bias),
             mlp_norm=self.norm(f"{prefix}.{self._mlp_norm_name}", hidden),
             gate_up=self.linear(
-                [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"], [inner] * 2, hidden, config.mlp_bias
+                [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"],
+                [inner] * 2,
+                hidden,
+                config.mlp_bias,
+                config.activation,
             ),
             down=self.linear([f"{prefix}.mlp.down_proj"], [hidden], inner, config.mlp_bias),
-            query_norm=self.optional_norm(f"{prefix}.self_attn.q_norm", config.head_size, config.query_key_norm),
-            key_norm=self.optional_norm(f"{prefix}.self_attn.k_norm", config.head_size, config.query_key_norm),
+            heads=HeadSpec(
+                self.optional_norm(f"{prefix}.self_attn.q_norm", config.head_size, config.query_key_norm),
+                self.optional_norm(f"{prefix}.self_attn.k_norm", config.head_size, config.query_key_norm),
+                config.norm_eps,
+            ),
             attention_post_norm=self.optional_norm(f"{prefix}.post_attention_layernorm", hidden, config.post_norms),
             mlp_post_norm=self.optional_norm(f"{prefix}.post_feedforward_layernorm", hidden, config.post_norms),
         )

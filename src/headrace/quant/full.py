@@ -5,23 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels.base import Kernels, PackedWeight
+from headrace.kernels.base import Matrix
 
 
-class Linear:
-    """y = x W^T + b with a weight that a kernel has laid out for itself.
+class FullPrecision:
+    """Weights in the dtype of the activations."""
 
-    The narrow interface of every weight format: made from a float weight [out, in], called with x [T, in].
-    """
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.arithmetic = "fp32" if dtype == torch.float32 else "bf16"
 
-    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.kernels = kernels
-        self.weight: PackedWeight = kernels.pack(weight.to(dtype))
-        self.bias = None if bias is None else bias.float()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.linear(x, self.weight, self.bias)
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+    def store(self, weight: Tensor) -> Matrix:
+        return Matrix(weight.to(self.dtype, copy=True))

@@ -1,8 +1,9 @@
 // Ragged paged attention with online softmax (FlashAttention, arXiv 2205.14135, algorithm 1), prefill and decode alike.
 //
 // A task is a tile of one sequence's query tokens and the query heads that share one kv head, so that keys and values
-// are read once for all of them. Blocks of the cache are taken in ascending order from position 0, and each (query,
+// are read once for all of them. Spans of a few blocks are taken in ascending order from position 0, and each (query,
 // head) does the same arithmetic in the same order as if it were alone: a row's bits do not depend on chunk or batch.
+// In bfloat16 queries, keys, values and softmax weights are bfloat16, sums and the softmax float32.
 #pragma once
 
 #include <cmath>
@@ -10,16 +11,19 @@
 #include <type_traits>
 #include <vector>
 
+#include "lanes.h"
+#include "pool.h"
 #include "table.h"
-#include "vec.h"
 
 namespace {
 
 using namespace headrace;
 
 constexpr int64_t TILE_ROWS = 48;
-constexpr int SCORE_ROWS = W == 16 ? 8 : 3;   // rows of scores in registers at once, two vectors of keys each
+constexpr int64_t SPAN_TOKENS = 128;  // the softmax is brought up to date once in so many
+constexpr int SCORE_ROWS = W == 16 ? 12 : 3;  // rows of scores in registers at once, two vectors of keys each
 constexpr int OUTPUT_ROWS = W == 16 ? 6 : 2;  // rows of outputs in registers at once, four vectors each
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 struct Task {
     int64_t sequence, head, token, tokens;
@@ -34,164 +38,215 @@ void by_count(int64_t count, Function function) {
     function(std::integral_constant<int, MOST>{});
 }
 
-// Working memory of one thread.
+// Working memory of one thread: a tile's queries, scores of one span and the softmax weights they become, what is summed
+// (total: W sums a row, added up at the end).
+template <class T>
 struct Scratch {
-    std::vector<float> queries, scores, outputs, top, total;
+    std::vector<T> queries, weights;
+    std::vector<float> scores, outputs, top, total;
 };
 
-// scores [rows, block_size] = queries [rows, head_size] times keys [head_size, block_size].
-template <int ROWS, class T>
-void score_rows(const float* queries, const T* keys, float* scores, int64_t head_size, int64_t block_size) {
+// scores [rows, block_size] of a span's rows = queries [rows, lanes] times keys [lanes, block_size].
+template <class Lanes, int ROWS>
+void score_rows(const uint32_t* queries, const uint32_t* keys, float* scores, int64_t span, int64_t lanes, int64_t block_size) {
     for (int64_t j = 0; j < block_size; j += 2 * W) {
-        int64_t left = block_size - j;
+        bool both = block_size - j > W;
         vf sums[ROWS][2] = {};
-        for (int64_t d = 0; d < head_size; d++) {
-            vf first = load(keys + d * block_size + j, left), second = left > W ? load(keys + d * block_size + j + W, left - W) : vf{};
-#pragma GCC unroll 8
+        for (int64_t d = 0; d < lanes; d++) {
+            vu first = load(keys + d * block_size + j), second = both ? load(keys + d * block_size + j + W) : vu{};
+#pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) {
-                sums[r][0] += queries[r * head_size + d] * first;
-                sums[r][1] += queries[r * head_size + d] * second;
+                sums[r][0] = Lanes::step(sums[r][0], queries[r * lanes + d], first);
+                sums[r][1] = Lanes::step(sums[r][1], queries[r * lanes + d], second);
             }
         }
         for (int r = 0; r < ROWS; r++) {
-            store(scores + r * block_size + j, sums[r][0], left);
-            if (left > W) store(scores + r * block_size + j + W, sums[r][1], left - W);
+            store(scores + r * span + j, sums[r][0]);
+            if (both) store(scores + r * span + j + W, sums[r][1]);
         }
     }
 }
 
-// outputs [rows, head_size] += weights [rows, block_size] times values [from..to, head_size].
-template <int ROWS, class T>
-void add_values(const float* weights, const T* values, float* outputs, int64_t head_size, int64_t block_size, int64_t from, int64_t to) {
+// The blocks of a span that a tile sees: where their keys and values begin, and how many lanes of tokens are written in the
+// last one. What lies beyond them may be anything.
+struct Span {
+    const uint32_t* keys[SPAN_TOKENS / 16];
+    const uint32_t* values[SPAN_TOKENS / 16];
+    int64_t first, last, written;
+
+    int64_t lanes(int64_t block, int64_t all) const { return block + 1 == last ? written : all; }
+};
+
+// outputs [rows, size] += weights [rows, span] times the span's values, lanes of neighbouring tokens [block_lanes, size].
+template <class Lanes, int ROWS>
+void add_values(const uint32_t* weights, const Span& span, float* outputs, int64_t span_lanes, int64_t size, int64_t block_lanes) {
     constexpr int V = 4;
-    for (int64_t d = 0; d < head_size; d += V * W) {
-        int count = head_size - d >= V * W ? V : int((head_size - d + W - 1) / W);
+    int64_t d = 0;
+    for (; d + V * W <= size; d += V * W) {
         vf sums[ROWS][V];
         for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < count; v++) sums[r][v] = load(outputs + r * head_size + d + v * W, head_size - d - v * W);
-        if (count == V && head_size - d >= V * W) {
-            for (int64_t j = from; j < to; j++) {
-                vf row[V];
+            for (int v = 0; v < V; v++) sums[r][v] = load(outputs + r * size + d + v * W);
+        for (int64_t block = span.first; block < span.last; block++) {
+            const uint32_t *values = span.values[block] + d, *lanes = weights + block * block_lanes;
+            for (int64_t j = 0, end = span.lanes(block, block_lanes); j < end; j++) {
+                vu row[V];
 #pragma GCC unroll 4
-                for (int v = 0; v < V; v++) row[v] = load(values + j * head_size + d + v * W);
+                for (int v = 0; v < V; v++) row[v] = load(values + j * size + v * W);
 #pragma GCC unroll 6
                 for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-                    for (int v = 0; v < V; v++) sums[r][v] += weights[r * block_size + j] * row[v];
+                    for (int v = 0; v < V; v++) sums[r][v] = Lanes::step(sums[r][v], lanes[r * span_lanes + j], row[v]);
             }
-        } else {
-            for (int64_t j = from; j < to; j++)
-                for (int v = 0; v < count; v++) {
-                    vf row = load(values + j * head_size + d + v * W, head_size - d - v * W);
-                    for (int r = 0; r < ROWS; r++) sums[r][v] += weights[r * block_size + j] * row;
-                }
         }
         for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < count; v++) store(outputs + r * head_size + d + v * W, sums[r][v], head_size - d - v * W);
+            for (int v = 0; v < V; v++) store(outputs + r * size + d + v * W, sums[r][v]);
     }
+    for (; d < size; d += W)
+        for (int r = 0; r < ROWS; r++) {
+            vf sum = load(outputs + r * size + d, size - d);
+            for (int64_t block = span.first; block < span.last; block++)
+                for (int64_t j = 0, end = span.lanes(block, block_lanes); j < end; j++)
+                    sum = Lanes::step(sum, weights[r * span_lanes + block * block_lanes + j], load(span.values[block] + j * size + d, size - d));
+            store(outputs + r * size + d, sum, size - d);
+        }
 }
 
-// Turn a row's scores into weights: exp(score - largest so far) where visible, zero elsewhere. Rescales what was summed.
-inline void soften_row(float* scores, float* output, float& top, float& total, int64_t head_size, int64_t block_size, int64_t from,
-                       int64_t to, float soft_cap) {
-    vf best = splat(-std::numeric_limits<float>::infinity());
-    vi lanes;
-    for (int i = 0; i < W; i++) lanes[i] = i;
-    for (int64_t j = 0; j < block_size; j += W) {
+// What a row sees of a span: tokens from..to.
+struct Visible {
+    int64_t from, to;
+
+    vf hide(vf values, int64_t j, float otherwise) const {
+        vi place = (int32_t)j + vi{};
+        for (int i = 0; i < W; i++) place[i] += i;
+        return (place >= (int32_t)from) & (place < (int32_t)to) ? values : splat(otherwise);
+    }
+};
+
+// Turn a row's scores of the tokens begin..end of a span into weights: exp(scale * (score - largest so far)) where visible,
+// zero elsewhere. Rescales what was summed. top is -inf before the first span.
+template <bool PARTLY, class T>
+void soften_row(float* scores, T* weights, float* output, float& top, float* total, int64_t size, int64_t begin, int64_t end,
+                Visible visible, const Attention& spec) {
+    vf best = splat(-INFINITE);
+    for (int64_t j = begin; j < end; j += W) {
         vf s = load(scores + j);
-        if (soft_cap > 0) s = soft_cap * hyperbolic_tangent(s / soft_cap);
-        vi place = lanes + (int32_t)j;
-        s = (place >= (int32_t)from) & (place < (int32_t)to) ? s : splat(-std::numeric_limits<float>::infinity());
-        store(scores + j, s);
+        if (spec.soft_cap > 0) s = spec.soft_cap / spec.scale * hyperbolic_tangent(s * (spec.scale / spec.soft_cap));
+        if (PARTLY) s = visible.hide(s, j, -INFINITE);
+        if (PARTLY || spec.soft_cap > 0) store(scores + j, s);
         best = maximum(best, s);
     }
-    float now = std::fmax(top, largest(best));
-    vf kept = exponential(splat(top - now));
-    vf added = {};
-    for (int64_t j = 0; j < block_size; j += W) {
-        vi place = lanes + (int32_t)j;
-        vf weight = exponential(load(scores + j) - now);
-        weight = (place >= (int32_t)from) & (place < (int32_t)to) ? weight : vf{};
-        store(scores + j, weight);
+    float now = std::fmax(top, largest(best)), factor = spec.scale * 1.44269504088896341f;
+    vf shift = splat(-now * factor), added = {};
+    for (int64_t j = begin; j < end; j += W) {
+        vf weight = power_of_two(multiply_add(load(scores + j), splat(factor), shift));
+        if (PARTLY) weight = visible.hide(weight, j, 0.0f);
+        store(weights + j, weight);
         added += weight;
     }
-    // The first visible block replaces nothing: what was summed is zero, and exp(-inf) is clamped above zero.
-    total = total * kept[0] + sum(added);
-    if (now != top)
-        for (int64_t d = 0; d < head_size; d += W) store(output + d, load(output + d, head_size - d) * kept, head_size - d);
+    if (now == top) return store(total, load(total) + added);
+    // Before the first span all sums are zero.
+    vf kept = power_of_two(splat((top - now) * factor));
+    store(total, multiply_add(load(total), kept, added));
+    for (int64_t d = 0; d < size; d += W) store(output + d, load(output + d, size - d) * kept, size - d);
     top = now;
 }
 
 template <class T>
-void load_queries(const Rows& queries, const Task& task, int64_t start, int64_t group, float scale, float* into) {
+void load_queries(const Rows& queries, const Task& task, int64_t start, int64_t group, T* into) {
     int64_t size = queries.size;
     for (int64_t t = 0; t < task.tokens; t++) {
         const T* row = (const T*)queries.data + (start + task.token + t) * queries.outer_stride + task.head * group * size;
-        for (int64_t d = 0; d < group * size; d += W)
-            store(into + t * group * size + d, load(row + d, group * size - d) * scale, group * size - d);
+        std::memcpy(into + t * group * size, row, group * size * sizeof(T));
     }
 }
 
+// One tile over one span: scores, softmax, values.
 template <class T>
-void run_task(const Task& task, const Rows& queries, const Cache& cache, const Batch& batch, const Attention& spec, T* y, Scratch& s) {
-    int64_t group = queries.inner / cache.kv_heads, rows = task.tokens * group;
-    int64_t head = cache.head_size, size = cache.block_size, start = batch.starts[task.sequence];
-    int64_t position = batch.positions[start + task.token];
-    load_queries<T>(queries, task, start, group, spec.scale, s.queries.data());
-    std::fill_n(s.outputs.begin(), rows * head, 0.0f);
-    std::fill_n(s.top.begin(), rows, -std::numeric_limits<float>::infinity());
-    std::fill_n(s.total.begin(), rows, 0.0f);
-    int64_t first = spec.window && position >= spec.window ? position - spec.window + 1 : 0, last = position + task.tokens - 1;
-    for (int64_t block = first / size; block <= last / size; block++) {
-        int64_t begin = block * size, to = std::min(size, last + 1 - begin), from = std::max<int64_t>(0, first - begin);
-        // Rows whose query comes before this block, or whose window has left it, have no part in it.
+struct Tile {
+    using Lanes = typename LanesOf<T>::type;
+    static constexpr int64_t PAIR = Lanes::GROUP;
+
+    const Attention& spec;
+    int64_t group, position, tokens, head, size, span;
+    Scratch<T>& s;
+
+    void add_span(const Span& blocks, int64_t begin) {
+        // Rows whose query comes before this span, or whose window has left it, have no part in it.
         int64_t low = std::max<int64_t>(0, begin - position);
-        int64_t high = spec.window ? std::min(task.tokens, begin + size - 1 + spec.window - position) : task.tokens;
-        int64_t row = low * group, end = high * group;
-        int64_t place = ((int64_t)batch.tables[task.sequence * batch.table_stride + block] * cache.kv_heads + task.head) * head * size;
-        const T *keys = (const T*)cache.keys + place, *values = (const T*)cache.values + place;
-        for (int64_t r = row; r < end; r += SCORE_ROWS)
-            by_count<SCORE_ROWS>(end - r, [&](auto count) {
-                score_rows<count>(&s.queries[r * head], keys, &s.scores[r * size], head, size);
-            });
-        for (int64_t r = row; r < end; r++) {
-            int64_t own = position + r / group;
-            int64_t visible = spec.window ? std::max<int64_t>(0, own - spec.window + 1 - begin) : 0;
-            soften_row(&s.scores[r * size], &s.outputs[r * head], s.top[r], s.total[r], head, size, visible,
-                       std::min(size, own + 1 - begin), spec.soft_cap);
+        int64_t high = spec.window ? std::min(tokens, begin + span - 1 + spec.window - position) : tokens;
+        const uint32_t *queries = (const uint32_t*)s.queries.data(), *weights = (const uint32_t*)s.weights.data();
+        for (int64_t block = blocks.first; block < blocks.last; block++) {
+            if (block + 1 < blocks.last) prefetch(blocks.keys[block + 1], head / PAIR * size);
+            prefetch(blocks.values[block], head / PAIR * size);
+            for (int64_t r = low * group; r < high * group; r += SCORE_ROWS)
+                by_count<SCORE_ROWS>(high * group - r, [&](auto count) {
+                    score_rows<Lanes, count>(queries + r * head / PAIR, blocks.keys[block], &s.scores[r * span + block * size], span,
+                                             head / PAIR, size);
+                });
         }
-        for (int64_t r = row; r < end; r += OUTPUT_ROWS)
-            by_count<OUTPUT_ROWS>(end - r, [&](auto count) {
-                add_values<count>(&s.scores[r * size], values, &s.outputs[r * head], head, size, from, to);
+        int64_t from = blocks.first * size, to = blocks.last * size;
+        for (int64_t r = low * group; r < high * group; r++) {
+            int64_t own = position + r / group;
+            Visible visible{spec.window ? std::max<int64_t>(0, own - spec.window + 1 - begin) : 0, own + 1 - begin};
+            auto soften = visible.from <= from && visible.to >= to ? soften_row<false, T> : soften_row<true, T>;
+            soften(&s.scores[r * span], &s.weights[r * span], &s.outputs[r * head], s.top[r], &s.total[r * W], head, from, to, visible, spec);
+        }
+        for (int64_t r = low * group; r < high * group; r += OUTPUT_ROWS)
+            by_count<OUTPUT_ROWS>(high * group - r, [&](auto count) {
+                add_values<Lanes, count>(weights + r * span / PAIR, blocks, &s.outputs[r * head], span / PAIR, head, size / PAIR);
             });
+    }
+};
+
+template <class T>
+void run_task(const Task& task, const Rows& queries, const Cache& cache, const Batch& batch, const Attention& spec, T* y, Scratch<T>& s) {
+    int64_t group = queries.inner / cache.kv_heads, rows = task.tokens * group, start = batch.starts[task.sequence];
+    int64_t head = cache.head_size, size = cache.block_size, position = batch.positions[start + task.token];
+    int64_t blocks = std::max<int64_t>(1, SPAN_TOKENS / size);
+    load_queries<T>(queries, task, start, group, s.queries.data());
+    std::fill_n(s.outputs.begin(), rows * head, 0.0f);
+    std::fill_n(s.top.begin(), rows, -INFINITE);
+    std::fill_n(s.total.begin(), rows * W, 0.0f);
+    Tile<T> tile{spec, group, position, task.tokens, head, size, blocks * size, s};
+    const int32_t* table = batch.tables + task.sequence * batch.table_stride;
+    int64_t first = spec.window && position >= spec.window ? position - spec.window + 1 : 0;
+    int64_t first_block = first / size, end_block = (position + task.tokens - 1) / size + 1;
+    for (int64_t begin = first_block / blocks * blocks; begin < end_block; begin += blocks) {
+        int64_t last = std::min(blocks, end_block - begin), written = std::min(size, position + task.tokens - (begin + last - 1) * size);
+        Span span{{}, {}, std::max<int64_t>(0, first_block - begin), last, (written + Tile<T>::PAIR - 1) / Tile<T>::PAIR};
+        for (int64_t block = span.first; block < span.last; block++) {
+            int64_t place = ((int64_t)table[begin + block] * cache.kv_heads + task.head) * head * size;
+            span.keys[block] = (const uint32_t*)((const T*)cache.keys + place);
+            span.values[block] = (const uint32_t*)((const T*)cache.values + place);
+        }
+        tile.add_span(span, begin * size);
     }
     for (int64_t r = 0; r < rows; r++) {
         T* into = y + (start + task.token + r / group) * queries.inner * head + (task.head * group + r % group) * head;
-        vf total = splat(1.0f / s.total[r]);
+        vf total = splat(1.0f / sum(load(&s.total[r * W])));
         for (int64_t d = 0; d < head; d += W) store(into + d, load(&s.outputs[r * head + d], head - d) * total, head - d);
     }
 }
 
 template <class T>
 void attention(Rows queries, Cache cache, Batch batch, Attention spec, T* y) {
-    int64_t group = queries.inner / cache.kv_heads, tile = std::max<int64_t>(1, TILE_ROWS / group);
+    int64_t group = queries.inner / cache.kv_heads, tile = std::max<int64_t>(1, TILE_ROWS / group), rows = tile * group;
+    int64_t span = std::max(SPAN_TOKENS / cache.block_size, (int64_t)1) * cache.block_size;
     std::vector<Task> tasks;
     for (int64_t s = 0; s < batch.sequences; s++)
         for (int64_t h = 0; h < cache.kv_heads; h++)
             for (int64_t t = 0, n = batch.starts[s + 1] - batch.starts[s]; t < n; t += tile)
                 tasks.push_back({s, h, t, std::min(tile, n - t)});
-#pragma omp parallel
-    {
-        int64_t rows = tile * group;
-        Scratch scratch;
-        scratch.queries.resize(rows * cache.head_size + W);
-        scratch.outputs.resize(rows * cache.head_size + W);
-        scratch.scores.resize(rows * cache.block_size + W);
-        scratch.top.resize(rows);
-        scratch.total.resize(rows);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < (int64_t)tasks.size(); i++) run_task<T>(tasks[i], queries, cache, batch, spec, y, scratch);
+    std::vector<Scratch<T>> scratch(Pool::get().threads());
+    for (Scratch<T>& s : scratch) {
+        s.queries.resize(rows * cache.head_size);
+        s.weights.resize(rows * span);
+        s.scores.resize(rows * span);
+        s.outputs.resize(rows * cache.head_size + W);
+        s.top.resize(rows);
+        s.total.resize(rows * W);
     }
+    Pool::get().run((int64_t)tasks.size(), [&](int64_t i, int thread) { run_task<T>(tasks[i], queries, cache, batch, spec, y, scratch[thread]); });
 }
 
 }  // namespace

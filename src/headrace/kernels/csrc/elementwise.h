@@ -1,97 +1,107 @@
-// Norms, gated activations, rotary embedding and cache writes: row by row, float32 arithmetic, any order of rows.
+// Norms, rotary embedding and cache writes: row by row, float32 arithmetic, any order of rows.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
+#include "lanes.h"
+#include "pool.h"
 #include "table.h"
-#include "vec.h"
 
 namespace {
 
 using namespace headrace;
 
-// Below this many elements a second thread costs more than it brings: a step of 64 decodes stays on one.
-constexpr int64_t PARALLEL = 131072;
+// Elements a task: fewer would not pay for waking another thread.
+constexpr int64_t ELEMENTS_PER_TASK = 8192;
+
+// Call function(row) for every row, a few thousand elements a task.
+template <class Function>
+void for_rows(int64_t rows, int64_t size, Function function) {
+    int64_t together = std::max<int64_t>(1, ELEMENTS_PER_TASK / size);
+    Pool::get().run((rows + together - 1) / together, [&](int64_t task, int) {
+        for (int64_t row = task * together; row < std::min(rows, (task + 1) * together); row++) function(row);
+    });
+}
 
 template <class T>
 void norm_row(const T* x, const float* weight, float eps, T* y, int64_t size) {
     vf squares = {};
     for (int64_t i = 0; i < size; i += W) {
         vf v = load(x + i, size - i);
-        squares += v * v;
+        squares = multiply_add(v, v, squares);
     }
     vf factor = splat(1.0f / std::sqrt(sum(squares) / size + eps));
     for (int64_t i = 0; i < size; i += W) store(y + i, load(x + i, size - i) * factor * load(weight + i, size - i), size - i);
 }
 
 template <class T>
-void rms_norm(Rows x, const float* weight, float eps, T* y) {
-    int64_t rows = x.outer * x.inner;
-#pragma omp parallel for schedule(static) if (rows * x.size > PARALLEL)
-    for (int64_t row = 0; row < rows; row++) {
-        const T* from = (const T*)x.data + row / x.inner * x.outer_stride + row % x.inner * x.size;
-        norm_row(from, weight, eps, y + row * x.size, x.size);
-    }
+void rms_norm(const T* x, const float* weight, float eps, int64_t rows, int64_t size, T* y) {
+    for_rows(rows, size, [&](int64_t row) { norm_row(x + row * size, weight, eps, y + row * size, size); });
 }
 
 template <class T>
-void add_rms_norm(Rows x, T* residual, const float* weight, float eps, T* y) {
-#pragma omp parallel for schedule(static) if (x.outer * x.size > PARALLEL)
-    for (int64_t row = 0; row < x.outer; row++) {
-        const T* from = (const T*)x.data + row * x.outer_stride;
-        T* into = residual + row * x.size;
-        for (int64_t i = 0; i < x.size; i += W)
-            store(into + i, load(into + i, x.size - i) + load(from + i, x.size - i), x.size - i);
-        norm_row(into, weight, eps, y + row * x.size, x.size);
-    }
+void add_rms_norm(const T* x, T* residual, const float* weight, float eps, int64_t rows, int64_t size, T* y) {
+    for_rows(rows, size, [&](int64_t row) {
+        const T* from = x + row * size;
+        T* into = residual + row * size;
+        for (int64_t i = 0; i < size; i += W) store(into + i, load(into + i, size - i) + load(from + i, size - i), size - i);
+        norm_row(into, weight, eps, y + row * size, size);
+    });
 }
 
 template <class T>
-void gated(const T* gate_up, T* y, int64_t rows, int64_t size, bool gelu) {
-#pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
-    for (int64_t row = 0; row < rows; row++) {
-        const T *gate = gate_up + row * 2 * size, *up = gate + size;
-        for (int64_t i = 0; i < size; i += W) {
-            vf g = load(gate + i, size - i);
-            // gelu by tanh: 0.5 (1 + tanh u) is the sigmoid of 2 u.
-            vf open = gelu ? sigmoid(1.5957691216057308f * (g + 0.044715f * g * g * g)) : sigmoid(g);
-            store(y + row * size + i, g * open * load(up + i, size - i), size - i);
+void rotate(T* head, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; i += W) {
+        int64_t n = half - i;
+        vf a = load(head + i, n), b = load(head + half + i, n), c = load(cos + i, n), s = load(sin + i, n);
+        store(head + i, multiply_add(a, c, -(b * s)), n);
+        store(head + half + i, multiply_add(b, c, a * s), n);
+    }
+}
+
+// Write one token's key and value of one kv head into its slot. A lane's later token, not written yet, must not be read as
+// what another sequence left there: `alone` says that this call does not write it, and then it becomes zero.
+template <class T>
+void write_slot(const T* key, const T* value, const Cache& cache, int64_t slot, int64_t kv_head, bool alone) {
+    constexpr int64_t PAIR = LanesOf<T>::type::GROUP;
+    int64_t size = cache.head_size, length = cache.block_size, offset = slot % length;
+    int64_t start = (slot / length * cache.kv_heads + kv_head) * size * length;
+    uint32_t* lanes = (uint32_t*)((T*)cache.keys + start);
+    for (int64_t i = 0; i < size / PAIR; i++) std::memcpy(lanes + i * length + offset, key + i * PAIR, sizeof *lanes);
+    T* into = (T*)cache.values + start + offset / PAIR * size * PAIR + offset % PAIR;
+    for (int64_t i = 0; i < size; i++) into[i * PAIR] = value[i];
+    if (PAIR == 2 && offset % 2 == 0 && alone)
+        for (int64_t i = 0; i < size; i++) into[i * PAIR + 1] = T{};
+}
+
+// A key's lanes lie a block apart, each in a cache line of its own: ask for all of them before they are written.
+template <class T>
+void prefetch_slot(const Cache& cache, int64_t slot, int64_t kv_head) {
+    constexpr int64_t PAIR = LanesOf<T>::type::GROUP;
+    int64_t length = cache.block_size, start = (slot / length * cache.kv_heads + kv_head) * cache.head_size * length;
+    const uint32_t* lanes = (const uint32_t*)((const T*)cache.keys + start) + slot % length;
+    for (int64_t i = 0; i < cache.head_size / PAIR; i++) __builtin_prefetch(lanes + i * length, 1);
+    __builtin_prefetch((const T*)cache.values + start + slot % length / PAIR * PAIR * cache.head_size, 1);
+}
+
+// Norm and rotate queries and keys in place, and write keys and values into the cache.
+template <class T>
+void place_heads(const Heads& h, const Cache& cache, const int64_t* slots) {
+    int64_t size = cache.head_size, all = h.heads + 2 * cache.kv_heads;
+    for_rows(h.tokens, all * size, [&](int64_t token) {
+        for (int64_t i = 0; i < cache.kv_heads; i++) prefetch_slot<T>(cache, slots[token], i);
+        T* heads = (T*)h.data + token * all * size;
+        const float *cos = h.cos + token * (size / 2), *sin = h.sin + token * (size / 2);
+        for (int64_t i = 0; i < h.heads + cache.kv_heads; i++) {
+            const float* weight = i < h.heads ? h.query_norm : h.key_norm;
+            if (weight) norm_row(heads + i * size, weight, h.eps, heads + i * size, size);
+            rotate(heads + i * size, cos, sin, size / 2);
         }
-    }
-}
-
-template <class T>
-void rotate(Rows heads, const float* cos, const float* sin) {
-    int64_t half = heads.size / 2;
-#pragma omp parallel for schedule(static) if (heads.outer * heads.inner * heads.size > PARALLEL)
-    for (int64_t token = 0; token < heads.outer; token++)
-        for (int64_t head = 0; head < heads.inner; head++) {
-            T* first = (T*)heads.data + token * heads.outer_stride + head * heads.size;
-            T* second = first + half;
-            for (int64_t i = 0; i < half; i += W) {
-                int64_t n = half - i;
-                vf a = load(first + i, n), b = load(second + i, n);
-                vf c = load(cos + token * half + i, n), s = load(sin + token * half + i, n);
-                store(first + i, a * c - b * s, n);
-                store(second + i, b * c + a * s, n);
-            }
-        }
-}
-
-template <class T>
-void write_kv(Rows keys, Rows values, Cache cache, const int64_t* slots) {
-    int64_t head = cache.head_size, size = cache.block_size;
-#pragma omp parallel for schedule(static) if (keys.outer * keys.inner * head > PARALLEL)
-    for (int64_t token = 0; token < keys.outer; token++) {
-        int64_t block = slots[token] / size, offset = slots[token] % size;
-        const T* k = (const T*)keys.data + token * keys.outer_stride;
-        const T* v = (const T*)values.data + token * values.outer_stride;
-        for (int64_t h = 0; h < cache.kv_heads; h++) {
-            int64_t start = (block * cache.kv_heads + h) * head * size;
-            for (int64_t i = 0; i < head; i++) ((T*)cache.keys)[start + i * size + offset] = k[h * head + i];
-            std::memcpy((T*)cache.values + start + offset * head, v + h * head, head * sizeof(T));
-        }
-    }
+        bool alone = token + 1 == h.tokens || slots[token + 1] != slots[token] + 1;
+        T *keys = heads + h.heads * size, *values = keys + cache.kv_heads * size;
+        for (int64_t i = 0; i < cache.kv_heads; i++) write_slot(keys + i * size, values + i * size, cache, slots[token], i, alone);
+    });
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "pool.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -18,8 +19,10 @@ std::vector<const Table*> list_tables() {
     std::vector<const Table*> tables;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+        if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&table_avx512_bf16());
         tables.push_back(&table_avx512());
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&table_avx2());
 #endif
     tables.push_back(&table_portable());
@@ -57,6 +60,18 @@ Batch batch_of(nb::tuple t) {
             at<int32_t>(nb::cast<uintptr_t>(t[3])), nb::cast<int64_t>(t[4])};
 }
 
+Weight weight_of(nb::tuple t) {
+    return {Type(nb::cast<int>(t[0])),    at<void>(nb::cast<uintptr_t>(t[1])),  nb::cast<int64_t>(t[2]),
+            nb::cast<int64_t>(t[3]),      nb::cast<int64_t>(t[4]),              Gate(nb::cast<int>(t[5])),
+            at<float>(nb::cast<uintptr_t>(t[6])), at<float>(nb::cast<uintptr_t>(t[7]))};
+}
+
+Heads heads_of(nb::tuple t) {
+    return {at<void>(nb::cast<uintptr_t>(t[0])),  nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]),
+            at<float>(nb::cast<uintptr_t>(t[3])), at<float>(nb::cast<uintptr_t>(t[4])), nb::cast<float>(t[5]),
+            at<float>(nb::cast<uintptr_t>(t[6])), at<float>(nb::cast<uintptr_t>(t[7]))};
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -67,27 +82,40 @@ NB_MODULE(_cpu, m) {
     });
     m.def("instruction_set", [] { return std::string(chosen->name); });
     m.def("use_instruction_set", &use_instruction_set);
-    m.def("pack", [](uintptr_t weight, uintptr_t packed, int64_t out, int64_t in) {
-        chosen->pack(at<float>(weight), at<float>(packed), out, in);
-    });
-    m.def("linear", [](uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t y, int64_t rows, int64_t out, int64_t in) {
+    m.def("set_threads", [](int threads) { Pool::get().resize(threads); });
+    m.def("threads", [] { return Pool::get().threads(); });
+    m.def("multiply_registers", [](int type, int64_t rounds) {
         nb::gil_scoped_release release;
-        chosen->linear(at<float>(x), at<float>(packed), at<float>(bias), at<float>(y), rows, out, in);
+        return chosen->multiply_registers(Type(type), rounds);
     });
-    m.def("rms_norm", [](int type, nb::tuple x, uintptr_t weight, float eps, uintptr_t y) {
-        chosen->rms_norm(Type(type), rows_of(x), at<float>(weight), eps, at<void>(y));
+    m.def("sweep", [](int kind, uintptr_t data, int64_t bytes) {
+        nb::gil_scoped_release release;
+        chosen->sweep(Sweep(kind), at<char>(data), bytes);
     });
-    m.def("add_rms_norm", [](int type, nb::tuple x, uintptr_t residual, uintptr_t weight, float eps, uintptr_t y) {
-        chosen->add_rms_norm(Type(type), rows_of(x), at<void>(residual), at<float>(weight), eps, at<void>(y));
+    m.def("pack", [](uintptr_t from, nb::tuple weight, uintptr_t into) {
+        Weight w = weight_of(weight);
+        nb::gil_scoped_release release;
+        chosen->pack(at<void>(from), w, at<void>(into));
     });
-    m.def("gated_activation", [](int type, uintptr_t gate_up, uintptr_t y, int64_t rows, int64_t size, bool gelu) {
-        chosen->gated(Type(type), at<void>(gate_up), at<void>(y), rows, size, gelu);
+    m.def("linear", [](int type, uintptr_t x, int64_t rows, nb::tuple weight, int result, uintptr_t y) {
+        Weight w = weight_of(weight);
+        nb::gil_scoped_release release;
+        chosen->linear(Type(type), at<void>(x), rows, w, Type(result), at<void>(y));
     });
-    m.def("rotate", [](int type, nb::tuple heads, uintptr_t cos, uintptr_t sin) {
-        chosen->rotate(Type(type), rows_of(heads), at<float>(cos), at<float>(sin));
+    m.def("rms_norm", [](int type, uintptr_t x, uintptr_t weight, float eps, int64_t rows, int64_t size, uintptr_t y) {
+        nb::gil_scoped_release release;
+        chosen->rms_norm(Type(type), at<void>(x), at<float>(weight), eps, rows, size, at<void>(y));
     });
-    m.def("write_kv", [](int type, nb::tuple keys, nb::tuple values, nb::tuple cache, uintptr_t slots) {
-        chosen->write_kv(Type(type), rows_of(keys), rows_of(values), cache_of(cache), at<int64_t>(slots));
+    m.def("add_rms_norm", [](int type, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps, int64_t rows, int64_t size,
+                             uintptr_t y) {
+        nb::gil_scoped_release release;
+        chosen->add_rms_norm(Type(type), at<void>(x), at<void>(residual), at<float>(weight), eps, rows, size, at<void>(y));
+    });
+    m.def("place_heads", [](int type, nb::tuple heads, nb::tuple cache, uintptr_t slots) {
+        Heads h = heads_of(heads);
+        Cache c = cache_of(cache);
+        nb::gil_scoped_release release;
+        chosen->place_heads(Type(type), h, c, at<int64_t>(slots));
     });
     m.def("attention", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple batch, nb::tuple spec, uintptr_t y) {
         Attention attention{nb::cast<float>(spec[0]), nb::cast<int64_t>(spec[1]), nb::cast<float>(spec[2])};

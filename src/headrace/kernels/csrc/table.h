@@ -6,7 +6,24 @@
 
 namespace headrace {
 
-enum class Type : int { float32 = 0, bfloat16 = 1 };
+enum class Type : int { float32 = 0, bfloat16 = 1, int8 = 2 };
+
+// What a product's first half of outputs does to the second: nothing, or activation(first) * second.
+enum class Gate : int { none = 0, silu = 1, gelu = 2 };
+
+// A packed weight: panels of 32 outputs, [panels][in / group][32] lanes of 32 bits, zeros where outputs or inputs end. With
+// a gate, a panel is 16 gates and their 16 values, and `out` counts what comes out. Scales and bias [32 * panels] lie as the
+// panels do; null if there are none. Integer weights are stored with 128 added; their inputs have a scale each `group`.
+struct Weight {
+    Type type;
+    const void* panels;
+    int64_t out, in, group;
+    Gate gate;
+    const float* scales;
+    const float* bias;
+};
+
+enum class Sweep : int { read = 0, write = 1, copy = 2 };
 
 // Rows of `size` elements: row (i, j) of outer x inner begins at data + i * outer_stride + j * size. Strides in elements.
 struct Rows {
@@ -14,7 +31,8 @@ struct Rows {
     int64_t outer, outer_stride, inner, size;
 };
 
-// One layer's cache. Keys [blocks, kv_heads, head_size, block_size], values [blocks, kv_heads, block_size, head_size].
+// One layer's cache in lanes of 32 bits, one float32 or two bfloat16 (pair = 1 or 2). Keys [blocks, kv_heads, head_size / pair,
+// block_size] hold neighbours of a head in a lane, values [blocks, kv_heads, block_size / pair, head_size] neighbouring tokens.
 struct Cache {
     void* keys;
     void* values;
@@ -30,6 +48,16 @@ struct Batch {
     int64_t table_stride;
 };
 
+// A projection's output [tokens, heads + 2 kv_heads, head_size]: queries, keys, values. Norm weights [head_size] or null;
+// cos and sin [tokens, head_size / 2].
+struct Heads {
+    void* data;
+    int64_t tokens, heads;
+    const float *query_norm, *key_norm;
+    float eps;
+    const float *cos, *sin;
+};
+
 struct Attention {
     float scale;
     int64_t window;  // 0: none
@@ -38,21 +66,24 @@ struct Attention {
 
 struct Table {
     const char* name;
-    // Weight [out, in] into panels of 32 output features, [out / 32][in][32], zeros on the right.
-    void (*pack)(const float* weight, float* packed, int64_t out, int64_t in);
-    // y [rows, out] = x [rows, in] times the packed weight, plus bias [out] if there is one.
-    void (*linear)(const float* x, const float* packed, const float* bias, float* y, int64_t rows, int64_t out, int64_t in);
-    void (*rms_norm)(Type type, Rows x, const float* weight, float eps, void* y);
-    void (*add_rms_norm)(Type type, Rows x, void* residual, const float* weight, float eps, void* y);
-    void (*gated)(Type type, const void* gate_up, void* y, int64_t rows, int64_t size, bool gelu);
-    void (*rotate)(Type type, Rows heads, const float* cos, const float* sin);
-    void (*write_kv)(Type type, Rows keys, Rows values, Cache cache, const int64_t* slots);
+    // A weight [out, in], or [2 out, in] gates first, of the given type into panels. Ignores weight.panels.
+    void (*pack)(const void* from, const Weight& weight, void* into);
+    // y [rows, out] of type `result` = x [rows, in] times the weight; x is float32 or bfloat16, as the weight unless that is int8.
+    void (*linear)(Type type, const void* x, int64_t rows, const Weight& weight, Type result, void* y);
+    void (*rms_norm)(Type type, const void* x, const float* weight, float eps, int64_t rows, int64_t size, void* y);
+    // residual += x, then the norm of the new residual into y.
+    void (*add_rms_norm)(Type type, const void* x, void* residual, const float* weight, float eps, int64_t rows, int64_t size, void* y);
+    void (*place_heads)(Type type, const Heads& heads, Cache cache, const int64_t* slots);
     // queries [tokens, heads, head_size] with a stride between tokens; y contiguous.
     void (*attention)(Type type, Rows queries, Cache cache, Batch batch, Attention spec, void* y);
+    // What the processor can do at most (probe.h): multiply-adds done, and a sweep over memory.
+    int64_t (*multiply_registers)(Type type, int64_t rounds);
+    void (*sweep)(Sweep kind, char* data, int64_t bytes);
 };
 
 const Table& table_portable();
 const Table& table_avx2();
 const Table& table_avx512();
+const Table& table_avx512_bf16();
 
 }  // namespace headrace

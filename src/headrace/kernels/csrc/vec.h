@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -26,6 +29,18 @@ struct bf16 {
 
 inline vf splat(float value) { return value - vf{}; }
 
+// a * b + c. Rounded once where the processor can; the compiler is told never to fuse by itself, for it would do so in one
+// copy of a loop and not in another, and a row's bits would depend on its tile.
+inline vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline vf load(const float* p) {
     vf v;
     std::memcpy(&v, p, sizeof v);
@@ -38,20 +53,30 @@ inline vf load(const bf16* p) {
     return (vf)(__builtin_convertvector(half, vu) << 16);
 }
 
+inline vu load(const uint32_t* p) {
+    vu v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 // Round to nearest, ties to even, as torch does; NaN stays NaN.
 inline void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+    auto half = _mm512_cvtneps_pbh((__m512)v);
+#else
     vu bits = (vu)v;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     rounded = v == v ? rounded : vu{} + 0x7fc0;
     vh half = __builtin_convertvector(rounded, vh);
+#endif
     std::memcpy(p, &half, sizeof half);
 }
 
 // The first n < W lanes; the others are zero, or not written.
 template <class T>
-inline vf load(const T* p, int64_t n) {
+inline auto load(const T* p, int64_t n) {
     if (n >= W) return load(p);
     T padded[W] = {};
     std::memcpy(padded, p, n * sizeof(T));
@@ -66,42 +91,64 @@ inline void store(T* p, vf v, int64_t n) {
     std::memcpy(p, padded, n * sizeof(T));
 }
 
+// Whole numbers from -128 to 127 as bytes: the first n of them if n < W.
+inline void store(int8_t* p, vi v, int64_t n) {
+    typedef int8_t vb __attribute__((vector_size(W)));
+#if defined(__AVX512F__)
+    vb bytes = (vb)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+    vb bytes = __builtin_convertvector(v, vb);
+#endif
+    if (n >= W)
+        std::memcpy(p, &bytes, sizeof bytes);
+    else
+        std::memcpy(p, &bytes, n);
+}
+
 inline vf maximum(vf a, vf b) { return a > b ? a : b; }
 inline vf minimum(vf a, vf b) { return a < b ? a : b; }
 
 inline float sum(vf v) {
-    float lanes[W], total = 0;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float lanes[W];
     store(lanes, v);
     for (int stride = W / 2; stride > 0; stride /= 2)
         for (int i = 0; i < stride; i++) lanes[i] += lanes[i + stride];
-    total = lanes[0];
-    return total;
+    return lanes[0];
+#endif
 }
 
 inline float largest(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float lanes[W];
     store(lanes, v);
     float top = lanes[0];
     for (int i = 1; i < W; i++) top = lanes[i] > top ? lanes[i] : top;
     return top;
+#endif
 }
 
-// e^x to about 1e-7 relative: x = n ln 2 + r, a polynomial in r (Cephes), n added to the exponent.
-inline vf exponential(vf x) {
-    x = minimum(maximum(x, splat(-87.0f)), splat(88.0f));
-    vf scaled = x * 1.44269504088896341f;
-    vi n = __builtin_convertvector(scaled + (scaled < 0 ? splat(-0.5f) : splat(0.5f)), vi);
-    vf whole = __builtin_convertvector(n, vf);
-    vf r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (vf)((n + 127) << 23);
+// 2^x to about 1e-7 relative, x from -126 to 126 and 2^-126 for less: the nearest whole number goes to the exponent, a
+// polynomial (Taylor's, of (ln 2)^k / k!) takes the rest.
+inline vf power_of_two(vf x) {
+    x = maximum(x, splat(-126.0f));
+    // Adding 1.5 * 2^23 leaves the nearest whole number in the lowest bits; taking it away again gives it as a number.
+    vf shifted = x + 12582912.0f;
+    vf r = x - (shifted - 12582912.0f);
+    vf p = multiply_add(splat(1.5403530e-4f), r, splat(1.3333558e-3f));
+    p = multiply_add(p, r, splat(9.6181291e-3f));
+    p = multiply_add(p, r, splat(5.5504109e-2f));
+    p = multiply_add(p, r, splat(2.4022651e-1f));
+    p = multiply_add(p, r, splat(6.9314718e-1f));
+    p = multiply_add(p, r, splat(1.0f));
+    return (vf)((vi)p + ((vi)shifted << 23));
 }
+
+inline vf exponential(vf x) { return power_of_two(minimum(x * 1.44269504088896341f, splat(126.0f))); }
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exponential(-x)); }
 inline vf hyperbolic_tangent(vf x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }

@@ -1,0 +1,180 @@
+"""The commands that measure: `headrace bench`, `headrace eval`, `headrace report`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headrace.cli.grouped import GroupedCommand
+from headrace.core import InputError
+from headrace.options import DEFAULT_MODEL
+
+Model = Annotated[str, typer.Option(help="A name from `headrace models`, a model folder, a .gguf file or a hub id.")]
+Text = Annotated[Path, typer.Option(metavar="FILE", help="Plain text in UTF-8.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or int8.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores if not given.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens that are read together.")]
+Most = Annotated[int, typer.Option("--tokens", min=2, help="Most tokens of the text to use.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+judge = typer.Typer(help="Measure what a number format costs in quality.", no_args_is_help=True)
+
+
+@bench.command(cls=GroupedCommand)
+def peaks(threads: Threads = None, as_json: AsJson = False) -> None:
+    """Measure what this machine can do at most, and keep it.
+
+    Operations a second in fp32, bf16 and int8, products at several row counts, memory read, write and copy. Takes about
+    half a minute; reports then say which share of it a run used. Numbers that scatter by more than 10 % are refused.
+
+    \\b
+    Example:
+      headrace bench peaks --threads 2
+    """
+    from rich.console import Console
+
+    from headrace.engine.loading import count_cores
+    from headrace.kernels import choose_kernels
+    from headrace.kernels.peaks import measure_peaks
+    from headrace.meter.peaks import save_peaks
+
+    console = Console(stderr=True)
+    with console.status("measuring") as status:
+        found = measure_peaks(choose_kernels("cpu", "cpu"), threads or count_cores(), status.update)
+    path = save_peaks(found)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    typer.echo(f"{found.machine}, {found.threads} threads; kept in {path}")
+    for name, rate in found.operations.items():
+        products = ", ".join(f"{value / 1e9:.0f} at {rows} rows" for rows, value in found.products[name].items())
+        typer.echo(f"{name:5} {rate / 1e9:5.0f} G operations/s in registers; products {products}")
+    typer.echo("memory " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in found.memory.items()))
+
+
+@judge.command(cls=GroupedCommand)
+def ppl(
+    text: Text,
+    model: Model = DEFAULT_MODEL,
+    precision: Precision = "auto",
+    window: Window = 512,
+    most: Most = 32_768,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity of a text, in windows that know nothing of each other.
+
+    \\b
+    Example:
+      headrace eval ppl --text novel.txt --precision int8
+    """
+    from headrace.judge.quality import cut_windows, measure_perplexity
+    from headrace.llm import LLM
+
+    with LLM(model, precision=precision) as llm, Steps("windows") as steps:  # type: ignore[arg-type]
+        windows = cut_windows(llm.tokenizer.encode(read_text(text)), window, most)
+        found = measure_perplexity(llm, windows, steps.tell)
+        values = {"precision": llm.resolved["precision"], **dataclasses.asdict(found), "window": window}
+    show(values, as_json)
+
+
+@judge.command(cls=GroupedCommand)
+def agree(
+    text: Text,
+    against: Precision = "bf16",
+    model: Model = DEFAULT_MODEL,
+    precision: Precision = "auto",
+    window: Window = 512,
+    most: Most = 32_768,
+    as_json: AsJson = False,
+) -> None:
+    """How near one number format comes to another: equal likeliest tokens, KL divergence, both perplexities.
+
+    \\b
+    Example:
+      headrace eval agree --text novel.txt --precision int8 --against bf16
+    """
+    from headrace.judge.quality import cut_windows, measure_agreement
+    from headrace.llm import LLM
+    from headrace.meter.losses import save_loss
+
+    small: dict[str, Any] = {"kv_cache_bytes": 64 * 2**20}
+    with (
+        LLM(model, precision=against, **small) as one,  # type: ignore[arg-type]
+        LLM(model, precision=precision, **small) as other,  # type: ignore[arg-type]
+        Steps("windows") as steps,
+    ):
+        windows = cut_windows(one.tokenizer.encode(read_text(text)), window, most)
+        found = measure_agreement(one, other, windows, steps.tell)
+        values = {"precision": other.resolved["precision"], "against": one.resolved["precision"]}
+        if values["against"] in ("bf16", "fp32"):
+            loss = found.other_perplexity / found.perplexity - 1
+            save_loss(one.model_hash, values["precision"], loss)
+            values["loss"] = f"perplexity {loss:+.2%}, kept for --precision auto"
+    show(values | dataclasses.asdict(found) | {"window": window}, as_json)
+
+
+def report(
+    file: Annotated[Path, typer.Argument(metavar="OUT.report.json", help="What a run wrote.", show_default=False)],
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw it: a page that opens without a network (needs the extra `plot`)."),
+    ] = None,
+) -> None:
+    """Show a run's report, or draw it as a page.
+
+    \\b
+    Example:
+      headrace report answers.jsonl.report.json --html answers.html
+    """
+    from headrace.meter.page import draw_page
+    from headrace.meter.report import format_report, read_report
+
+    found = read_report(file)
+    if html is None:
+        typer.echo(format_report(found))
+        return
+    html.write_text(draw_page(found), encoding="utf-8")
+    typer.echo(html)
+
+
+class Steps:
+    """A bar on a terminal, for `with`."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> Steps:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def tell(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+
+def read_text(path: Path) -> str:
+    """Raises InputError for a file that cannot be read as text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text: {error}") from error
+
+
+def show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    for name, value in values.items():
+        typer.echo(f"{name.replace('_', ' '):18} {value:.5g}" if isinstance(value, float) else f"{name:18} {value}")

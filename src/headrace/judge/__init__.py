@@ -1,0 +1,1 @@
+"""Judges of quality: what a number format costs, measured on text."""

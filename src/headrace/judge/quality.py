@@ -1,0 +1,98 @@
+"""Perplexity of a text, and how near one number format comes to another on it.
+
+Texts are cut into windows that know nothing of each other; every token of a window but its first counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headrace.core import InputError
+from headrace.engine.forward import compute_hidden
+from headrace.llm import LLM
+
+# Tokens whose logits are held at once.
+LOGIT_ROWS = 128
+WINDOWS_AT_ONCE = 4
+
+Tell = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean negative log probability (natural logarithm) of `tokens` tokens."""
+
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """One model beside another on the same text: the share of tokens after which both find the same next token
+    likeliest, the mean KL divergence of the next token's distribution (nats, other from one), and both perplexities."""
+
+    top1: float
+    kl: float
+    perplexity: float
+    other_perplexity: float
+    tokens: int
+
+
+def cut_windows(tokens: list[int], window: int, most: int) -> list[list[int]]:
+    """Whole windows of the first `most` tokens. Raises InputError for a text without one."""
+    if window < 2:
+        raise InputError(f"a window of {window} tokens predicts nothing: use 2 or more")
+    windows = [tokens[start : start + window] for start in range(0, min(len(tokens), most) - window + 1, window)]
+    if not windows:
+        raise InputError(f"the text has {len(tokens)} tokens, fewer than a window of {window}")
+    return windows
+
+
+def measure_perplexity(llm: LLM, windows: list[list[int]], tell: Tell) -> Perplexity:
+    """Perplexity of windows; tell hears how many of how many are done."""
+    total, count = 0.0, 0
+    for group, tokens in take_groups(windows, tell):
+        hidden = compute_hidden(llm.engine.model, group)
+        for rows, targets in slice_rows(group, tokens):
+            logprobs = llm.engine.model.logits(hidden[rows]).log_softmax(-1)
+            total -= float(logprobs.gather(1, targets[:, None]).double().sum())
+            count += len(rows)
+    return Perplexity(math.exp(total / count), count)
+
+
+def measure_agreement(one: LLM, other: LLM, windows: list[list[int]], tell: Tell) -> Agreement:
+    """How near `other` comes to `one`. Both must have the same vocabulary."""
+    same = kl = total = other_total = 0.0
+    count = 0
+    for group, tokens in take_groups(windows, tell):
+        hidden, other_hidden = (compute_hidden(llm.engine.model, group) for llm in (one, other))
+        for rows, targets in slice_rows(group, tokens):
+            first = one.engine.model.logits(hidden[rows]).log_softmax(-1)
+            second = other.engine.model.logits(other_hidden[rows]).log_softmax(-1)
+            same += int((first.argmax(-1) == second.argmax(-1)).sum())
+            kl += float((first.exp() * (first - second)).sum())
+            total -= float(first.gather(1, targets[:, None]).double().sum())
+            other_total -= float(second.gather(1, targets[:, None]).double().sum())
+            count += len(rows)
+    return Agreement(same / count, kl / count, math.exp(total / count), math.exp(other_total / count), count)
+
+
+def take_groups(windows: list[list[int]], tell: Tell) -> Iterator[tuple[list[list[int]], Tensor]]:
+    for start in range(0, len(windows), WINDOWS_AT_ONCE):
+        group = windows[start : start + WINDOWS_AT_ONCE]
+        yield group, torch.tensor([token for window in group for token in window])
+        tell(min(start + WINDOWS_AT_ONCE, len(windows)), len(windows))
+
+
+def slice_rows(group: list[list[int]], tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows that predict, some at a time, and the tokens that follow them."""
+    lengths = torch.tensor([len(window) for window in group])
+    predicts = torch.ones(len(tokens), dtype=torch.bool)
+    predicts[lengths.cumsum(0) - 1] = False
+    for rows in torch.split(predicts.nonzero().flatten(), LOGIT_ROWS):
+        yield rows, tokens[rows + 1]

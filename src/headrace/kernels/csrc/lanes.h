@@ -1,0 +1,73 @@
+// The one step that every product is made of: sum += a row's 32 bits, spread over a vector, times a vector of 32-bit lanes.
+// A lane holds GROUP neighbours along the summed dimension: one float32, two bfloat16 or four 8-bit integers.
+#pragma once
+
+#include "vec.h"
+
+namespace {
+
+// Row tiles as high as the registers allow: ROWS x SPAN sums and a few for the operands.
+struct FloatLanes {
+    using Sum = vf;
+    static constexpr int GROUP = 1, ROWS = W == 16 ? 12 : W == 8 ? 3 : 1, SPAN = W == 16 ? 2 : W == 8 ? 4 : 8;
+
+    static vf step(vf sum, uint32_t row, vu lanes) {
+        float value;
+        std::memcpy(&value, &row, sizeof value);
+        return multiply_add(splat(value), (vf)lanes, sum);
+    }
+};
+
+struct Bf16Lanes {
+    using Sum = vf;
+    static constexpr int GROUP = 2, ROWS = W == 16 ? 12 : W == 8 ? 4 : 2, SPAN = 2;
+
+    static vf step(vf sum, uint32_t row, vu lanes) {
+#if defined(__AVX512BF16__)
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(vu{} + row), (__m512bh)lanes);
+#else
+        vu spread = vu{} + row;
+        sum = multiply_add((vf)(spread << 16), (vf)(lanes << 16), sum);
+        return multiply_add((vf)(spread & 0xffff0000u), (vf)(lanes & 0xffff0000u), sum);
+#endif
+    }
+};
+
+// The row's four are signed, the lanes' four unsigned. The 32-bit sum is exact.
+struct Int8Lanes {
+    using Sum = vi;
+    static constexpr int GROUP = 4, ROWS = W == 16 ? 12 : W == 8 ? 4 : 2, SPAN = 2;
+
+    static vi step(vi sum, uint32_t row, vu lanes) {
+#if defined(__AVX512VNNI__)
+        return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)lanes, (__m512i)(vu{} + row));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+        __m256i spread = _mm256_set1_epi32((int32_t)row), low = _mm256_set1_epi16(0xff);
+        __m256i even = _mm256_madd_epi16(_mm256_and_si256((__m256i)lanes, low), _mm256_srai_epi16(_mm256_slli_epi16(spread, 8), 8));
+        __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)lanes, 8), _mm256_srai_epi16(spread, 8));
+        return sum + (vi)_mm256_add_epi32(even, odd);
+#else
+        for (int i = 0; i < 4; i++) sum += (vi)(lanes >> (8 * i) & 0xff) * (int32_t)(int8_t)(row >> (8 * i));
+        return sum;
+#endif
+    }
+};
+
+// Ask for lanes that will be read soon: the processor by itself fetches ahead within a page only.
+inline void prefetch(const uint32_t* lanes, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(lanes + i);
+}
+
+// Lanes of a floating-point element type.
+template <class T>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+    using type = FloatLanes;
+};
+template <>
+struct LanesOf<bf16> {
+    using type = Bf16Lanes;
+};
+
+}  // namespace

@@ -1,0 +1,88 @@
+#include "pool.h"
+
+#include <thread>
+
+namespace headrace {
+
+namespace {
+
+// About a tenth of a millisecond: longer than what Python does between two kernels, shorter than between two steps.
+constexpr int SPINS = 4000;
+constexpr uint64_t CLOSED = 0xffffffff;
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+#endif
+}
+
+}  // namespace
+
+Pool& Pool::get() {
+    static Pool* pool = new Pool;
+    return *pool;
+}
+
+void Pool::resize(int threads) {
+    while ((int)leaving_.size() > threads - 1) {
+        leaving_.back()->store(true);
+        leaving_.pop_back();
+    }
+    while ((int)leaving_.size() < threads - 1) {
+        Flag leave = std::make_shared<std::atomic<bool>>(false);
+        int thread = (int)leaving_.size() + 1;
+        uint32_t seen = epoch_.load();
+        std::thread([this, thread, seen, leave] { work(thread, seen, leave); }).detach();
+        leaving_.push_back(leave);
+    }
+    threads_ = threads;
+}
+
+void Pool::run_any(int64_t count, Call call, const void* function) {
+    if (count <= 1 || threads_ == 1 || busy_.test_and_set(std::memory_order_acquire)) {
+        for (int64_t index = 0; index < count; index++) call(function, index, 0);
+        return;
+    }
+    uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+    cursor_.store((uint64_t)epoch << 32 | CLOSED, std::memory_order_release);
+    call_.store(call, std::memory_order_release);
+    function_.store(function, std::memory_order_release);
+    count_.store((uint32_t)count, std::memory_order_release);
+    done_.store(0, std::memory_order_relaxed);
+    cursor_.store((uint64_t)epoch << 32, std::memory_order_release);
+    epoch_.store(epoch, std::memory_order_release);
+    epoch_.notify_all();
+    take_tasks(epoch, 0);
+    for (int spin = 0; done_.load(std::memory_order_acquire) != (uint32_t)count; spin++) spin < SPINS ? pause() : std::this_thread::yield();
+    busy_.clear(std::memory_order_release);
+}
+
+void Pool::take_tasks(uint32_t epoch, int thread) {
+    uint64_t at = cursor_.load(std::memory_order_acquire);
+    while (at >> 32 == epoch) {
+        Call call = call_.load(std::memory_order_acquire);
+        const void* function = function_.load(std::memory_order_acquire);
+        uint32_t index = (uint32_t)at;
+        if (index >= count_.load(std::memory_order_acquire)) return;
+        // The exchange fails if another call has begun since, so what was read above belongs to this one.
+        if (!cursor_.compare_exchange_weak(at, at + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+        call(function, index, thread);
+        done_.fetch_add(1, std::memory_order_release);
+        at = cursor_.load(std::memory_order_acquire);
+    }
+}
+
+void Pool::work(int thread, uint32_t seen, const Flag& leave) {
+    while (true) {
+        for (int spin = 0; spin < SPINS && epoch_.load(std::memory_order_acquire) == seen; spin++) pause();
+        epoch_.wait(seen, std::memory_order_acquire);
+        // A worker that was told to leave does so at the next call, which does not wait for it.
+        if (leave->load()) return;
+        seen = epoch_.load(std::memory_order_acquire);
+        take_tasks(seen, thread);
+    }
+}
+
+}  // namespace headrace

@@ -1,0 +1,52 @@
+// One pool of threads for all kernels.
+//
+// The calling thread works too, and takes whatever no other thread has begun: a worker that the system has put aside (a
+// neighbour on the same cores, a fork that left the workers behind) holds a call up by at most the one task it is in.
+// Between calls workers spin for a moment, so that the next kernel of a step finds them awake, then sleep.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace headrace {
+
+class Pool {
+   public:
+    // The only pool. It is never destroyed: at exit the system takes its threads.
+    static Pool& get();
+
+    // Threads that work on a call, the caller's included. Not while a call runs.
+    void resize(int threads);
+    int threads() const { return threads_; }
+
+    // Call function(index, thread) for every index below count, thread telling apart what runs at the same time.
+    // Returns when all are done. A second call at the same time, from another thread, works alone.
+    template <class Function>
+    void run(int64_t count, const Function& function) {
+        run_any(count, [](const void* f, int64_t index, int thread) { (*(const Function*)f)(index, thread); }, &function);
+    }
+
+   private:
+    using Call = void (*)(const void*, int64_t, int);
+    using Flag = std::shared_ptr<std::atomic<bool>>;
+
+    void run_any(int64_t count, Call call, const void* function);
+    void take_tasks(uint32_t epoch, int thread);
+    void work(int thread, uint32_t seen, const Flag& leave);
+
+    int threads_ = 1;
+    std::vector<Flag> leaving_;
+    std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+    // The call in hand. Written only while the cursor is closed, read again after a task has been taken from the cursor.
+    std::atomic<Call> call_{nullptr};
+    std::atomic<const void*> function_{nullptr};
+    std::atomic<uint32_t> count_{0};
+    // The call's number above, the next index that nobody has taken below.
+    alignas(64) std::atomic<uint64_t> cursor_{0};
+    alignas(64) std::atomic<uint32_t> done_{0};
+    alignas(64) std::atomic<uint32_t> epoch_{0};
+};
+
+}  // namespace headrace

@@ -1,0 +1,55 @@
+"""Kernels that tell a stopwatch how long they take. The arithmetic is another's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, Matrix, PackedWeight, RaggedBatch
+from headrace.meter.meter import product_part
+from headrace.meter.stopwatch import Stopwatch
+
+
+class TimedKernels:
+    """See `Kernels`. Parts of the stopwatch: products by their shape, attention, other kernels."""
+
+    def __init__(self, kernels: Kernels, watch: Stopwatch) -> None:
+        self.kernels = kernels
+        self.watch = watch
+        self.name = kernels.name
+        self.instruction_set = kernels.instruction_set
+
+    def set_threads(self, threads: int) -> None:
+        self.kernels.set_threads(threads)
+
+    def pack(self, matrix: Matrix) -> PackedWeight:
+        return self.kernels.pack(matrix)
+
+    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+        with self.watch.part(product_part(x.shape[1], weight.out_features)):
+            return self.kernels.linear(x, weight, dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        with self.watch.part("other kernels"):
+            return self.kernels.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        with self.watch.part("other kernels"):
+            return self.kernels.add_rms_norm(x, residual, weight, eps)
+
+    def place_heads(
+        self,
+        fused: Tensor,
+        spec: HeadSpec,
+        rotation: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        slots: Tensor,
+    ) -> None:
+        with self.watch.part("other kernels"):
+            self.kernels.place_heads(fused, spec, rotation, cache, slots)
+
+    def attention(
+        self, queries: Tensor, key_cache: Tensor, value_cache: Tensor, batch: RaggedBatch, spec: AttentionSpec
+    ) -> Tensor:
+        with self.watch.part("attention"):
+            return self.kernels.attention(queries, key_cache, value_cache, batch, spec)

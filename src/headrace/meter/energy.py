@@ -1,0 +1,34 @@
+"""Energy of the processor packages, from the counters that Linux shows (RAPL), where they may be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path("/sys/class/powercap")
+
+
+class EnergyCounter:
+    """Joules of all packages since it was made, the whole machine's and not this process's alone."""
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self._zones = [zone for zone in sorted(root.glob("*-rapl:*")) if zone.name.count(":") == 1]
+        self._last = {zone: read_number(zone / "energy_uj") for zone in self._zones}
+        self._total = 0.0
+
+    def read(self) -> float | None:
+        """Joules so far; None where no counter can be read. Counters start again at their limit: read now and then."""
+        for zone, before in self._last.items():
+            now = read_number(zone / "energy_uj")
+            if before is None or now is None:
+                return None
+            wrapped = (read_number(zone / "max_energy_range_uj") or 0) if now < before else 0
+            self._total += (now - before + wrapped) / 1e6
+            self._last[zone] = now
+        return self._total if self._last else None
+
+
+def read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

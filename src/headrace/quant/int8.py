@@ -1,0 +1,37 @@
+"""8-bit weights and activations (W8A8): weights symmetric with a scale for each output, activations rounded on the way.
+
+Activations have a scale for each token and group of inputs, so that one outlier spoils the resolution of its own group
+only: nothing is calibrated, and no text of the user's or ours decides what a weight is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.base import Matrix
+
+LIMIT = 127
+INPUT_GROUP = 144
+
+
+class Int8:
+    """See the module; groups of up to `input_group` inputs, of equal size where they divide the width."""
+
+    dtype = torch.bfloat16
+    arithmetic = "int8"
+
+    def __init__(self, input_group: int = INPUT_GROUP) -> None:
+        self.input_group = input_group
+
+    def store(self, weight: Tensor) -> Matrix:
+        wide = weight.float()
+        scales = wide.abs().amax(1) / LIMIT
+        values = (wide / scales.where(scales > 0, 1)[:, None]).round().to(torch.int8)
+        return Matrix(values, scales, input_group=divide_evenly(wide.shape[1], self.input_group))
+
+
+def divide_evenly(width: int, most: int) -> int:
+    """The size of the fewest nearly equal groups of at most `most` that a width falls into, a multiple of 4."""
+    groups = -(-width // most)
+    return -(-width // (4 * groups)) * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,6 +67,8 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
         "kv_cache_bytes": cache.num_blocks * cache.block_bytes,
         "max_context": model.config.context_length,
     }
+    # What has been loaded lives as long as the engine: the collector need not look at it again and again.
+    gc.freeze()
     return LoadedEngine(engine, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
 
 

@@ -36,7 +36,7 @@ def sample(logits: Tensor, generations: Rows[Generation], end_tokens: frozenset[
             adjust_logits(logits[row], generation, end_tokens)
         except RowError as error:
             failed[row] = error
-    tokens = logits.argmax(-1).tolist()
+    tokens = find_likeliest(logits)
     for row, token in draw(logits, generations).items():
         tokens[row] = token
     choices: list[Choice | RowError] = [(token, None) for token in tokens]
@@ -46,6 +46,12 @@ def sample(logits: Tensor, generations: Rows[Generation], end_tokens: frozenset[
             read_logprob(values, tokens[row], generations[row].sequence.request.params.logprobs or 0),
         )
     return [failed.get(row, choice) for row, choice in enumerate(choices)]
+
+
+def find_likeliest(logits: Tensor) -> list[int]:
+    """The token of the largest logit in each row. numpy's argmax is several times as fast as torch's on one thread."""
+    found: list[int] = (logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)).tolist()
+    return found
 
 
 def adjust_logits(logits: Tensor, generation: Generation, end_tokens: frozenset[int]) -> None:

@@ -45,6 +45,8 @@ class CpuKernels:
     def __init__(self, instruction_set: str = "auto") -> None:
         """Use this instruction set, in the whole process. Raises ValueError for one that the processor lacks."""
         _cpu.use_instruction_set(_cpu.instruction_sets()[0] if instruction_set == "auto" else instruction_set)
+        # Activations come and go a thousand times a second: giving their pages back would mean clearing them each time.
+        _cpu.keep_freed_memory()
 
     @property
     def instruction_set(self) -> str:

@@ -228,6 +228,22 @@ void run_task(const Task& task, const Rows& queries, const Cache& cache, const B
     }
 }
 
+// Ask for what a task reads first, while another runs: short contexts are over before the processor has seen a pattern.
+template <class T>
+void prefetch_task(const Task& task, const Cache& cache, const Batch& batch, const Attention& spec) {
+    int64_t size = cache.block_size, position = batch.positions[batch.starts[task.sequence] + task.token];
+    int64_t first = (spec.window && position >= spec.window ? position - spec.window + 1 : 0) / size;
+    int64_t end = std::min((position + task.tokens - 1) / size + 1, first + std::max<int64_t>(1, SPAN_TOKENS / size));
+    for (int64_t block = first; block < end; block++) {
+        int64_t row = (int64_t)batch.tables[task.sequence * batch.table_stride + block] * cache.kv_heads + task.head;
+        int64_t bytes = cache.head_size * size * sizeof(T);
+        for (int64_t at = 0; at < bytes; at += 64) {
+            __builtin_prefetch((const char*)cache.keys + row * bytes + at, 0, 2);
+            __builtin_prefetch((const char*)cache.values + row * bytes + at, 0, 2);
+        }
+    }
+}
+
 template <class T>
 void attention(Rows queries, Cache cache, Batch batch, Attention spec, T* y) {
     int64_t group = queries.inner / cache.kv_heads, tile = std::max<int64_t>(1, TILE_ROWS / group), rows = tile * group;
@@ -246,7 +262,11 @@ void attention(Rows queries, Cache cache, Batch batch, Attention spec, T* y) {
         s.top.resize(rows);
         s.total.resize(rows * W);
     }
-    Pool::get().run((int64_t)tasks.size(), [&](int64_t i, int thread) { run_task<T>(tasks[i], queries, cache, batch, spec, y, scratch[thread]); });
+    int64_t threads = Pool::get().threads(), count = (int64_t)tasks.size();
+    Pool::get().run(count, [&](int64_t i, int thread) {
+        if (i + threads < count && tasks[i + threads].tokens == 1) prefetch_task<T>(tasks[i + threads], cache, batch, spec);
+        run_task<T>(tasks[i], queries, cache, batch, spec, y, scratch[thread]);
+    });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // The Python module: chooses a table of kernels once, and passes addresses and shapes on. cpu.py checks the tensors.
+#include <malloc.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -82,6 +83,12 @@ NB_MODULE(_cpu, m) {
     });
     m.def("instruction_set", [] { return std::string(chosen->name); });
     m.def("use_instruction_set", &use_instruction_set);
+    m.def("keep_freed_memory", [] {
+#if defined(__GLIBC__)
+        mallopt(M_MMAP_THRESHOLD, 1 << 30);
+        mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
+    });
     m.def("set_threads", [](int threads) { Pool::get().resize(threads); });
     m.def("threads", [] { return Pool::get().threads(); });
     m.def("multiply_registers", [](int type, int64_t rounds) {

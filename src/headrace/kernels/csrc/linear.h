@@ -19,18 +19,30 @@ constexpr int PANEL = 32;
 constexpr int VECTORS = PANEL / W;
 constexpr int TILES_PER_TASK = 8;
 
-// sums [ROWS, SPAN] += rows of x times a slice of SPAN vectors of a panel, over the lanes from..to.
+// sums [ROWS, SPAN] += rows of x times a slice of SPAN vectors of a panel, over the lanes from..to. Meanwhile a cache line
+// of what comes `ahead` is fetched with each lane: few enough that arithmetic hides them, unlike all at once.
 template <class Lanes, int ROWS, int SPAN>
-inline void accumulate(const uint32_t* x, int64_t stride, const uint32_t* panel, int64_t from, int64_t to,
+inline void accumulate(const uint32_t* x, int64_t stride, const uint32_t* panel, const uint32_t* ahead, int64_t from, int64_t to,
                        typename Lanes::Sum (&sums)[ROWS][SPAN]) {
+    // Three rows share a pointer: [p], [p + stride], [p + 2 stride] are addresses of one instruction, and the processor
+    // has not registers enough for a pointer each.
+    const uint32_t* rows[(ROWS + 2) / 3];
+    for (int i = 0; i < (ROWS + 2) / 3; i++) rows[i] = x + 3 * i * stride + from;
+    panel += from * PANEL;
+    ahead += from * 16;
     for (int64_t k = from; k < to; k++) {
+        __builtin_prefetch(ahead, 0, 2);
         vu w[SPAN];
 #pragma GCC unroll 8
-        for (int v = 0; v < SPAN; v++) w[v] = load(panel + k * PANEL + v * W);
+        for (int v = 0; v < SPAN; v++) w[v] = load(panel + v * W);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < SPAN; v++) sums[r][v] = Lanes::step(sums[r][v], x[r * stride + k], w[v]);
+            for (int v = 0; v < SPAN; v++) sums[r][v] = Lanes::step(sums[r][v], rows[r / 3][r % 3 * stride], w[v]);
+#pragma GCC unroll 4
+        for (int i = 0; i < (ROWS + 2) / 3; i++) rows[i]++;
+        panel += PANEL;
+        ahead += 16;
     }
 }
 
@@ -47,13 +59,13 @@ struct Operand {
 
 // result [ROWS, PANEL] = rows of x times a panel.
 template <class Lanes, int ROWS>
-void multiply_tile(const Operand& x, const uint32_t* panel, float* result) {
+void multiply_tile(const Operand& x, const uint32_t* panel, const uint32_t* ahead, float* result) {
     constexpr int SPAN = Lanes::SPAN;
     for (int first = 0; first < VECTORS; first += SPAN) {
         float* into = result + first * W;
         for (int64_t group = 0; group < x.groups; group++) {
             typename Lanes::Sum sums[ROWS][SPAN] = {};
-            accumulate<Lanes>(x.lanes, x.stride, panel + first * W, group * x.group, std::min((group + 1) * x.group, x.stride), sums);
+            accumulate<Lanes>(x.lanes, x.stride, panel + first * W, ahead, group * x.group, std::min((group + 1) * x.group, x.stride), sums);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
@@ -72,10 +84,10 @@ void multiply_tile(const Operand& x, const uint32_t* panel, float* result) {
 }
 
 template <class Lanes, int ROWS>
-void multiply_rows(int64_t rows, const Operand& x, const uint32_t* panel, float* result) {
+void multiply_rows(int64_t rows, const Operand& x, const uint32_t* panel, const uint32_t* ahead, float* result) {
     if constexpr (ROWS > 0) {
-        if (rows == ROWS) return multiply_tile<Lanes, ROWS>(x, panel, result);
-        multiply_rows<Lanes, ROWS - 1>(rows, x, panel, result);
+        if (rows == ROWS) return multiply_tile<Lanes, ROWS>(x, panel, ahead, result);
+        multiply_rows<Lanes, ROWS - 1>(rows, x, panel, ahead, result);
     }
 }
 
@@ -114,7 +126,7 @@ void multiply(const Operand& x, int64_t rows, const Weight& weight, T* y) {
     int64_t height = TILES_PER_TASK * Lanes::ROWS, chunks = (rows + height - 1) / height;
     // Enough tasks that the threads end together, few enough that taking one costs nothing.
     int64_t threads = Pool::get().threads(), together = chunks > 1 ? 1 : std::max<int64_t>(1, panels / (64 * threads));
-    int64_t size = panel_lanes(weight), tiles = (rows + Lanes::ROWS - 1) / Lanes::ROWS;
+    int64_t size = panel_lanes(weight);
     int64_t strips = (panels + together - 1) / together;
     Pool::get().run(strips * chunks, [&](int64_t task, int) {
         float result[Lanes::ROWS * PANEL];
@@ -123,11 +135,11 @@ void multiply(const Operand& x, int64_t rows, const Weight& weight, T* y) {
             for (int64_t row = chunk * height; row < end; row += Lanes::ROWS) {
                 int64_t count = std::min<int64_t>(end - row, Lanes::ROWS);
                 const uint32_t* lanes = (const uint32_t*)weight.panels + panel * size;
-                // While few rows use a panel, memory is slower than arithmetic: the panel that this thread will
-                // probably take next comes a piece with each tile.
-                if (chunks == 1 && panel + threads * together < panels)
-                    prefetch(lanes + threads * together * size + row / Lanes::ROWS * size / tiles, size / tiles);
-                multiply_rows<Lanes, Lanes::ROWS>(count, x.at(row), lanes, result);
+                // While few rows use a panel, memory is slower than arithmetic: the first two tiles fetch the panel that
+                // this thread will probably take next, half of it each.
+                bool fetch = chunks == 1 && row < 2 * Lanes::ROWS && panel + threads * together < panels;
+                const uint32_t* ahead = fetch ? lanes + threads * together * size + row / Lanes::ROWS * size / 2 : lanes;
+                multiply_rows<Lanes, Lanes::ROWS>(count, x.at(row), lanes, ahead, result);
                 for (int64_t r = 0; r < count; r++) finish_row(result + r * PANEL, weight, panel, y + (row + r) * weight.out);
             }
     });

@@ -48,11 +48,14 @@ struct Scratch {
 
 // scores [rows, block_size] of a span's rows = queries [rows, lanes] times keys [lanes, block_size].
 template <class Lanes, int ROWS>
-void score_rows(const uint32_t* queries, const uint32_t* keys, float* scores, int64_t span, int64_t lanes, int64_t block_size) {
+void score_rows(const uint32_t* queries, const uint32_t* keys, const uint32_t* values, float* scores, int64_t span, int64_t lanes,
+                int64_t block_size) {
     for (int64_t j = 0; j < block_size; j += 2 * W) {
         bool both = block_size - j > W;
         vf sums[ROWS][2] = {};
         for (int64_t d = 0; d < lanes; d++) {
+            // A block of values is as large as one of keys: fetch it meanwhile, a line or two with each lane.
+            for (int64_t at = j; at < std::min(block_size, j + 2 * W); at += 16) __builtin_prefetch(values + d * block_size + at);
             vu first = load(keys + d * block_size + j), second = both ? load(keys + d * block_size + j + W) : vu{};
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) {
@@ -176,11 +179,9 @@ struct Tile {
         int64_t high = spec.window ? std::min(tokens, begin + span - 1 + spec.window - position) : tokens;
         const uint32_t *queries = (const uint32_t*)s.queries.data(), *weights = (const uint32_t*)s.weights.data();
         for (int64_t block = blocks.first; block < blocks.last; block++) {
-            if (block + 1 < blocks.last) prefetch(blocks.keys[block + 1], head / PAIR * size);
-            prefetch(blocks.values[block], head / PAIR * size);
             for (int64_t r = low * group; r < high * group; r += SCORE_ROWS)
                 by_count<SCORE_ROWS>(high * group - r, [&](auto count) {
-                    score_rows<Lanes, count>(queries + r * head / PAIR, blocks.keys[block], &s.scores[r * span + block * size], span,
+                    score_rows<Lanes, count>(queries + r * head / PAIR, blocks.keys[block], blocks.values[block], &s.scores[r * span + block * size], span,
                                              head / PAIR, size);
                 });
         }

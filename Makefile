@@ -13,7 +13,7 @@ PIP := $(VENV)/python -m pip --disable-pip-version-check
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard src/headrace/kernels/csrc/*)
 EXTRA = $(VENV)/python tools/extra.py
 
-.PHONY: help run test check docs clean
+.PHONY: help run test check docs peaks quality clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,8 @@ help:
 	@echo "make test   install with the tools of development and run all tests"
 	@echo "make check  formatting, lints, types, structure"
 	@echo "make docs   build the documentation into site/"
+	@echo "make peaks  measure what this machine can do; reports then say which share of it a run used"
+	@echo "make quality TEXT=FILE  what each number format costs SmolLM2-135M on a text"
 	@echo "make clean  remove what was built and installed here"
 
 run: .make/package
@@ -36,6 +38,16 @@ check: .make/dev
 	$(VENV)/ruff check .
 	$(VENV)/mypy
 	$(VENV)/python -m pytest -q tests/test_structure.py
+
+peaks: .make/package
+	$(VENV)/headrace bench peaks
+
+quality: .make/package
+	@test -n "$(TEXT)" || { echo "name a text in UTF-8: make quality TEXT=novel.txt"; exit 2; }
+	$(VENV)/headrace pull smollm2-135m
+	$(VENV)/headrace eval ppl --text "$(TEXT)" --precision fp32
+	$(VENV)/headrace eval agree --text "$(TEXT)" --precision bf16 --against fp32
+	$(VENV)/headrace eval agree --text "$(TEXT)" --precision int8 --against bf16
 
 docs: .make/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict --quiet

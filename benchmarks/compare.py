@@ -6,8 +6,8 @@
         --engine openvino-int8='/path/to/ov/bin/python benchmarks/runners/openvino_runner.py /path/to/smollm2-ov8' \\
         --engine vllm-bf16='/path/to/vllm/bin/python benchmarks/runners/vllm_runner.py /path/to/smollm2'
 
-An engine is any command that speaks as runners/protocol.py says; the head of each runner says how to install its engine.
-All are loaded first and stopped (SIGSTOP) while another works, so that none takes a core from it. Rows are random token
+An engine is any command that speaks as runners/protocol.py says; each runner's head says how to install its engine. All
+are loaded first and stopped (SIGSTOP) while another works, so that none takes a core from it. Rows are random token
 ids, greedy, the end token ignored, prefix caches empty. Run it with nothing else running. Results go to
 benchmarks/results/NAME.json, .md and .svg.
 """
@@ -49,6 +49,7 @@ class Engine:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(shlex.split(command), stdin=pipe, stdout=pipe, text=True, env=environment)
         self.ready = self._read()["ready"]
+        self.peak_rss_bytes = 0
         self.process.send_signal(signal.SIGSTOP)
 
     def run(self, rows: list[Row]) -> dict[str, Any]:
@@ -75,18 +76,18 @@ class Engine:
         return result
 
 
-def compare(engines: list[Engine], kinds: list[str], repeat: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by workload and engine; each round begins with another engine."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for kind in kinds:
-        rows = make_pile(kind)
-        times = found[kind] = {engine.name: [] for engine in engines}
-        for turn in range(repeat):
-            for place in range(len(engines)):
-                engine = engines[(turn + place) % len(engines)]
-                times[engine.name].append(round(engine.run(rows)["seconds"], 3))
-                print(f"{kind} {turn + 1}/{repeat} {engine.name}: {times[engine.name][-1]:.2f} s", flush=True)
-    return found
+def compare(engines: list[Engine], kind: str, repeat: int) -> dict[str, list[float]]:
+    """Seconds by engine of one workload; each round begins with another engine."""
+    rows = make_pile(kind)
+    times: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    for turn in range(repeat):
+        for place in range(len(engines)):
+            engine = engines[(turn + place) % len(engines)]
+            result = engine.run(rows)
+            times[engine.name].append(round(result["seconds"], 3))
+            engine.peak_rss_bytes = result["peak_rss_bytes"]
+            print(f"{kind} {turn + 1}/{repeat} {engine.name}: {times[engine.name][-1]:.2f} s", flush=True)
+    return times
 
 
 def read_ratios(times: dict[str, list[float]], ours: str, theirs: list[str]) -> tuple[float, str]:
@@ -99,8 +100,9 @@ def read_ratios(times: dict[str, list[float]], ours: str, theirs: list[str]) -> 
     return medians[best], best
 
 
-def write_table(found: dict[str, dict[str, list[float]]], engines: list[Engine]) -> str:
-    names = [engine.name for engine in engines]
+def write_table(record: dict[str, Any]) -> str:
+    """Medians of seconds, and of each of ours the ratio to the best peer: int8 to all, others to their own format."""
+    found, names = record["seconds"], list(record["ready"])
     ours = [name for name in names if name.startswith("headrace")]
     peers = [name for name in names if name not in ours]
     lines = ["| workload | " + " | ".join(names) + " | " + " | ".join(f"{name}: ratio" for name in ours) + " |"]
@@ -108,15 +110,28 @@ def write_table(found: dict[str, dict[str, list[float]]], engines: list[Engine])
     for kind, times in found.items():
         cells = [f"{statistics.median(times[name]):.2f} s" for name in names]
         for name in ours:
-            alike = [peer for peer in peers if name.endswith("int8") or peer.endswith(name.rsplit("-", 1)[-1])]
-            if not alike:
-                cells.append("")
-                continue
-            ratio, best = read_ratios(times, name, alike)
-            cells.append(f"{ratio:.2f} ({best})")
+            form = name.rsplit("-", 1)[-1]
+            alike = [peer for peer in peers if form == "int8" or peer.endswith(form)]
+            ratio, best = read_ratios(times, name, alike) if alike else (0.0, "")
+            cells.append(f"{ratio:.2f} ({best})" if alike else "")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    lines.append("| load and first tokens | " + " | ".join(f"{engine.ready:.2f} s" for engine in engines) + " |" * 2)
+    for title, values in (
+        ("load and first tokens", [f"{record['ready'][name]:.2f} s" for name in names]),
+        ("peak memory", [f"{record['peak_rss_bytes'][name] / 2**20:.0f} MiB" for name in names]),
+    ):
+        lines.append(f"| {title} | " + " | ".join(values) + " |" * (1 + len(ours)))
     return "\n".join(lines)
+
+
+def write_results(name: str, record: dict[str, Any]) -> str:
+    """Write the record, its table and its plot; the table."""
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    table = write_table(record)
+    (results / f"{name}.md").write_text(table + "\n")
+    draw(record["seconds"]).savefig(results / f"{name}.svg", metadata={"Date": None})
+    return table
 
 
 def draw(found: dict[str, dict[str, list[float]]]) -> Figure:
@@ -145,18 +160,15 @@ def main() -> None:
     parser.add_argument("--name", default="compare", help="of the files in benchmarks/results/")
     options = parser.parse_args()
     engines = [Engine(*each.split("=", 1)) for each in options.engine]
+    record: dict[str, Any] = {"seconds": {}, "ready": {engine.name: engine.ready for engine in engines}}
     try:
-        found = compare(engines, options.kinds, options.repeat)
+        for kind in options.kinds:
+            record["seconds"][kind] = compare(engines, kind, options.repeat)
+            record["peak_rss_bytes"] = {engine.name: engine.peak_rss_bytes for engine in engines}
+            table = write_results(options.name, record)
     finally:
         for engine in engines:
             engine.close()
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    record = {"seconds": found, "ready": {engine.name: engine.ready for engine in engines}}
-    (results / f"{options.name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    table = write_table(found, engines)
-    (results / f"{options.name}.md").write_text(table + "\n")
-    draw(found).savefig(results / f"{options.name}.svg")
     print(table)
 
 

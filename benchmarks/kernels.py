@@ -1,9 +1,11 @@
-"""Products and attention on SmolLM2-135M's shapes, ours beside torch's, in turn in one process.
+"""Each kernel's time beside its floor, for the shapes of SmolLM2-135M and of Llamas of 1B and 8B (random, one layer).
 
-    python benchmarks/kernels.py [--threads N] [--repeat 15]
+    headrace bench peaks                              once before, so that floors are known
+    python benchmarks/kernels.py [smollm2 1b 8b] [--threads N] [--repeat 9] [--instruction-set avx2]
 
-Prints medians: GFLOP/s of a product at several row counts (ours in fp32, torch's in fp32 and bf16), and the
-milliseconds of one layer's attention. Run it with nothing else running.
+The floor is the longer of operations over the processor's peak and bytes over the memory's. Weights are cold, as a step
+meets them: enough copies are used in turn that no cache holds them. Prints a Markdown table of medians. Run it with
+nothing else running.
 """
 
 from __future__ import annotations
@@ -12,85 +14,168 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
-from torch.nn import functional
 
-from headrace.kernels.base import AttentionSpec, RaggedBatch
+from headrace.engine.loading import count_cores
+from headrace.kernels.base import AttentionSpec, HeadSpec, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
+from headrace.meter.operations import ModelShape, Piece, count_attention
+from headrace.meter.peaks import Peaks, describe_machine, load_peaks
+from headrace.quant import FORMATS
 
-SHAPES = {"query, key, value": (960, 576), "gate, up": (3072, 576), "down": (576, 1536), "logits": (49152, 576)}
-HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 32
-
-
-def measure(calls: list[Callable[[], object]], repeat: int) -> list[float]:
-    """Median seconds of each call, the calls in turn."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeat + 1):
-        for call, found in zip(calls, times, strict=True):
-            began = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - began)
-    return [statistics.median(found[1:]) for found in times]
+BLOCK_SIZE = 32
+COLD_BYTES = 96 * 2**20
+NONE = torch.zeros(0, dtype=torch.int64)
 
 
-def measure_products(kernels: CpuKernels, repeat: int) -> None:
-    for name, (out, size) in SHAPES.items():
-        weight = torch.randn(out, size)
-        packed, half = kernels.pack(weight), weight.bfloat16()
-        for rows in (1, 16, 64, 512):
-            x, narrow = torch.randn(rows, size), torch.randn(rows, size).bfloat16()
-            calls: list[Callable[[], object]] = [
-                lambda x=x, packed=packed: kernels.linear(x, packed),
-                lambda x=x, weight=weight: functional.linear(x, weight),
-                lambda x=narrow, weight=half: functional.linear(x, weight),
-            ]
-            ours, theirs, bf16 = (2e-9 * out * size * rows / seconds for seconds in measure(calls, repeat))
-            print(
-                f"{name:18} {rows:4} rows: ours {ours:6.0f}, torch fp32 {theirs:6.0f}, torch bf16 {bf16:6.0f} GFLOP/s"
-            )
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    inner: int
 
 
-def measure_attention(kernels: CpuKernels, repeat: int) -> None:
-    cases = {"decode 64 x 512": (64, 512, 1), "prefill 2 x 512": (2, 512, 512), "chunk 256 at 4096": (1, 4096, 256)}
-    for name, (sequences, context, chunk) in cases.items():
-        blocks = sequences * context // BLOCK_SIZE
-        for dtype in (torch.float32, torch.bfloat16):
-            keys = torch.randn(blocks, KV_HEADS, HEAD_SIZE, BLOCK_SIZE).to(dtype)
-            values = torch.randn(blocks, KV_HEADS, BLOCK_SIZE, HEAD_SIZE).to(dtype)
-            queries = torch.randn(sequences * chunk, HEADS, HEAD_SIZE).to(dtype)
-            none = torch.zeros(0, dtype=torch.int64)
-            batch = RaggedBatch(
-                none,
-                torch.arange(context - chunk, context).repeat(sequences).int(),
-                torch.arange(0, sequences * chunk + 1, chunk).int(),
-                torch.full((sequences,), context).int(),
-                (torch.randperm(blocks).view(sequences, -1).int(),),
-                (none,),
-                none,
-            )
-            spec = AttentionSpec(HEAD_SIZE**-0.5)
+SHAPES = {
+    "smollm2": Shape(576, 9, 3, 64, 1536),
+    "1b": Shape(2048, 32, 8, 64, 8192),
+    "8b": Shape(4096, 32, 8, 128, 14336),
+}
 
-            def attend(queries=queries, keys=keys, values=values, batch=batch, spec=spec) -> object:  # type: ignore[no-untyped-def]
-                return kernels.attention(queries, keys, values, batch, spec)
 
-            (seconds,) = measure([attend], repeat)
-            seen = chunk * context - chunk * (chunk - 1) / 2
-            rate = 4e-9 * sequences * seen * HEADS * HEAD_SIZE / seconds
-            print(f"attention {name:18} {str(dtype)[6:]:8}: {1e3 * seconds:7.2f} ms, {rate:5.0f} GFLOP/s")
+def measure(call: Callable[[], object], repeat: int) -> float:
+    """Median seconds of a call."""
+    call()
+    times = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+class Table:
+    """Prints a line for each kernel. Without peaks there are no floors."""
+
+    def __init__(self, kernels: CpuKernels, peaks: Peaks | None, repeat: int) -> None:
+        self.kernels = kernels
+        self.peaks = peaks
+        self.repeat = repeat
+        print("| shape | kernel | rows | format | time | rate | floor | share of floor |\n" + "|---" * 8 + "|")
+
+    def show(
+        self, shape: str, kernel: str, rows: str, form: str, call: Callable[[], object], operations: float, moved: float
+    ) -> None:
+        seconds = measure(call, self.repeat)
+        rate = f"{operations / seconds / 1e9:.0f} G/s, {moved / seconds / 1e9:.1f} GB/s"
+        floor = share = ""
+        if self.peaks is not None:
+            least = max(operations / self.peaks.operations[form], moved / self.peaks.memory["read"])
+            floor, share = f"{1e6 * least:.0f} µs", f"{least / seconds:.0%}"
+        print(
+            f"| {shape} | {kernel} | {rows} | {form} | {1e6 * seconds:.0f} µs | {rate} | {floor} | {share} |",
+            flush=True,
+        )
+
+
+def show_products(table: Table, name: str, shape: Shape) -> None:
+    fused = (shape.heads + 2 * shape.kv_heads) * shape.head_size
+    products = {
+        "query, key, value": (fused, shape.hidden, False),
+        "output": (shape.hidden, shape.heads * shape.head_size, False),
+        "gate and up": (2 * shape.inner, shape.hidden, True),
+        "down": (shape.hidden, shape.inner, False),
+    }
+    for kernel, (out, size, gated) in products.items():
+        weight = torch.randn(out, size) / size**0.5
+        for form in ("fp32", "bf16", "int8"):
+            stored = replace(FORMATS[form].store(weight), activation="silu" if gated else None)
+            packed = table.kernels.pack(stored)
+            copies = [packed, *(table.kernels.pack(stored) for _ in range(min(60, COLD_BYTES // packed.nbytes)))]
+            for rows in (1, 16, 64, 512):
+                x, turn = torch.randn(rows, size).to(FORMATS[form].dtype), cycle(copies)
+                moved = packed.nbytes + rows * (size + packed.out_features) * x.itemsize
+
+                def call(x: torch.Tensor = x, turn: cycle = turn) -> object:  # type: ignore[type-arg]
+                    return table.kernels.linear(x, next(turn))
+
+                table.show(name, kernel, str(rows), form, call, 2.0 * rows * out * size, moved)
+
+
+def show_attention(table: Table, name: str, shape: Shape) -> None:
+    counted = ModelShape((), shape.heads, shape.kv_heads, shape.head_size, shape.hidden, (None,), 2, "bf16")
+    for rows, (sequences, context, chunk) in {
+        "decode 64 x 600": (64, 600, 1),
+        "decode 16 x 4000": (16, 4000, 1),
+        "prefill 2 x 512": (2, 512, 512),
+        "chunk of 256 at 4096": (1, 4096, 256),
+    }.items():
+        each = -(-context // BLOCK_SIZE)
+        keys = torch.randn(sequences * each, shape.kv_heads, shape.head_size // 2, BLOCK_SIZE, 2).bfloat16()
+        values = torch.randn(sequences * each, shape.kv_heads, BLOCK_SIZE // 2, shape.head_size, 2).bfloat16()
+        queries = torch.randn(sequences * chunk, shape.heads, shape.head_size).bfloat16()
+        batch = RaggedBatch(
+            NONE,
+            torch.arange(context - chunk, context).repeat(sequences).int(),
+            torch.arange(0, sequences * chunk + 1, chunk).int(),
+            torch.full((sequences,), context).int(),
+            (torch.randperm(sequences * each).view(sequences, -1).int(),),
+            (NONE,),
+            NONE,
+        )
+        cost = count_attention(counted, [Piece(context - chunk, chunk, 0, chunk == 1)] * sequences)
+        spec = AttentionSpec(shape.head_size**-0.5)
+
+        def call(q=queries, k=keys, v=values, b=batch, s=spec) -> object:  # type: ignore[no-untyped-def]
+            return table.kernels.attention(q, k, v, b, s)
+
+        table.show(name, "attention", rows, "bf16", call, cost.operations, cost.bytes)
+
+
+def show_others(table: Table, name: str, shape: Shape) -> None:
+    """Kernels that only move bytes; their operations are few."""
+    kernels, pair = table.kernels, 2
+    for rows in (64, 1024):
+        x = torch.randn(rows, shape.hidden).bfloat16()
+        residual, norm = torch.randn(rows, shape.hidden).bfloat16(), torch.ones(shape.hidden)
+
+        def add(x: torch.Tensor = x, residual: torch.Tensor = residual, norm: torch.Tensor = norm) -> object:
+            return kernels.add_rms_norm(x, residual, norm, 1e-5)
+
+        table.show(name, "add and norm", str(rows), "fp32", add, 6.0 * x.numel(), 4 * x.nbytes)
+        every = shape.heads + 2 * shape.kv_heads
+        fused = torch.randn(rows, every, shape.head_size).bfloat16()
+        rotation = (torch.randn(rows, shape.head_size // 2), torch.randn(rows, shape.head_size // 2))
+        keys = torch.zeros(rows, shape.kv_heads, shape.head_size // pair, BLOCK_SIZE, pair).bfloat16()
+        values = torch.zeros(rows, shape.kv_heads, BLOCK_SIZE // pair, shape.head_size, pair).bfloat16()
+        slots = torch.randperm(rows) * BLOCK_SIZE
+
+        def place(f=fused, r=rotation, c=(keys, values), s=slots) -> object:  # type: ignore[no-untyped-def]
+            return kernels.place_heads(f, HeadSpec(), r, c, s)
+
+        table.show(name, "rotate and cache", str(rows), "fp32", place, 3.0 * fused.numel(), 2 * fused.nbytes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", help=f"any of {', '.join(SHAPES)}; all if none is named")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--instruction-set", default="auto")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    kernels = CpuKernels()
-    print(f"{kernels.instruction_set}, {torch.get_num_threads()} threads")
-    measure_products(kernels, options.repeat)
-    measure_attention(kernels, options.repeat)
+    kernels = CpuKernels(options.instruction_set)
+    threads = options.threads or count_cores()
+    kernels.set_threads(threads)
+    peaks = load_peaks(describe_machine(kernels.instruction_set), threads)
+    print(f"{kernels.instruction_set}, {threads} threads" + ("" if peaks else "; `headrace bench peaks` gives floors"))
+    table = Table(kernels, peaks, options.repeat)
+    for name in options.shapes or SHAPES:
+        for show in (show_products, show_attention, show_others):
+            show(table, name, SHAPES[name])
 
 
 if __name__ == "__main__":

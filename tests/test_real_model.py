@@ -72,6 +72,18 @@ def test_alone_and_together_are_the_same_bytes(llm: LLM, prompts: list[list[int]
     assert [each.outputs for each in again] == [each.outputs for each in together[:8]]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_row_says_the_same_in_any_company(smollm2_path: Path, prompts: list[list[int]], precision: Any) -> None:
+    params = SamplingParams(max_tokens=16, logprobs=1)
+    settings = {"precision": precision, "kv_cache_bytes": 1 << 28}
+    with LLM(str(smollm2_path), **settings) as one, LLM(str(smollm2_path), step_tokens=100, **settings) as other:
+        together = [each.outputs[0] for each in one.generate(prompts, params)]
+        shuffled = [each.outputs[0] for each in other.generate(prompts[::-1], params)]
+        assert shuffled[::-1] == together
+        for index in (0, 7, 19):
+            assert one.generate([prompts[index]], params)[0].outputs[0] == together[index]
+
+
 def test_scores_equal_transformers(llm: LLM, prompts: list[list[int]], oracle: Any) -> None:
     (scored,) = llm.score([prompts[0]])
     with torch.inference_mode():

@@ -2,7 +2,7 @@
 have nothing of ours.
 
 In:   {"rows": [[token ids, output tokens], ...]}
-Out:  first {"ready": seconds since the process began}, then {"seconds": ..., "output_tokens": ..., "peak_rss_bytes": ...}
+Out:  {"ready": seconds since the process began}, once; {"seconds": ..., "output_tokens": ..., "peak_rss_bytes": ...}
 """
 
 from __future__ import annotations

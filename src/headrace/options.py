@@ -69,6 +69,9 @@ class EngineOptions(Options):
     max_context: int | None = setting(
         None, "Most tokens of a prompt and its output; the model's own limit if not given.", low=2
     )
+    keep_packed: bool = setting(
+        True, "Keep the weights as the kernels use them in the cache folder, so that the next start is faster."
+    )
     prefix_cache: bool = setting(True, "Compute equal prompt prefixes once.")
     prefix_retain_bytes: int = setting(
         256 * 2**20,

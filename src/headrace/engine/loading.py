@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from headrace.cache.paged import PagedCache, block_bytes
-from headrace.checkpoint import Tokenizer, name_model, open_checkpoint
+from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
+from headrace.checkpoint.hashes import cache_folder
 from headrace.core import InputError
 from headrace.engine.engine import Engine
 from headrace.engine.memory import read_available_bytes
@@ -24,6 +28,9 @@ from headrace.model import Model, ModelSettings, load_model
 from headrace.options import EngineOptions
 from headrace.schedule.fcfs import FirstComeFirstServed
 from headrace.schedule.state import SchedulerState
+
+# Raised whenever weights are quantised or packed in another way: what lies in the cache folder is then made anew.
+PACKING = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,11 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     checkpoint = open_checkpoint(options.model)
     precision, why = choose_precision(options, kernels.instruction_set, checkpoint.hash())
     settings = ModelSettings(
-        precision=precision, device=options.device, block_size=options.block_size, max_context=options.max_context
+        precision=precision,
+        device=options.device,
+        block_size=options.block_size,
+        max_context=options.max_context,
+        packed_path=name_packed(checkpoint, precision, kernels.name) if options.keep_packed else None,
     )
     kernels.set_threads(threads)
     model = load_model(checkpoint, kernels, settings)
@@ -70,6 +81,13 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     # What has been loaded lives as long as the engine: the collector need not look at it again and again.
     gc.freeze()
     return LoadedEngine(engine, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
+
+
+def name_packed(checkpoint: Checkpoint, precision: str, kernels: str) -> Path:
+    """Where this model's packed weights lie: another model, configuration, format or form of packing lies elsewhere."""
+    facts = json.dumps([checkpoint.hash(), dict(checkpoint.config), precision, kernels, PACKING], default=str)
+    name = hashlib.sha256(facts.encode()).hexdigest()[:24]
+    return cache_folder() / "packed" / f"{name}.safetensors"
 
 
 def count_cores() -> int:

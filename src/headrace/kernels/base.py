@@ -6,6 +6,7 @@ All of them work on one batch form: ragged tokens of several sequences laid end 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -95,7 +96,13 @@ class HeadSpec:
 
 
 class PackedWeight(Protocol):
-    """A weight matrix in a kernel's own layout."""
+    """A weight matrix in a kernel's own layout. rows are out_features, or twice that where half of them are gates."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
 
     @property
     def out_features(self) -> int: ...
@@ -129,6 +136,14 @@ class Kernels(Protocol):
 
     def pack(self, matrix: Matrix) -> PackedWeight:
         """Lay a matrix out for `linear`. Copies; the argument may be freed."""
+        ...
+
+    def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+        """A packed weight as tensors and numbers, to be kept on disk. The tensors are the weight's own."""
+        ...
+
+    def reload(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> PackedWeight:
+        """The packed weight that `unload` took apart; uses the tensors as they are."""
         ...
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,7 +6,7 @@ This module checks shapes and hands addresses over; csrc/ holds the arithmetic a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,17 +20,23 @@ GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 PANEL = 32
 
 
-@dataclass(frozen=True, slots=True)
 class PanelWeight:
-    """A weight as panels of 32 outputs (csrc/table.h), with what the extension needs to know of it as one tuple."""
+    """A weight as panels of 32 outputs (csrc/table.h). numbers: outputs, padded inputs, inputs that share a scale,
+    gate, inputs. `description` is what the extension is told of it."""
 
-    panels: Tensor
-    scales: Tensor | None
-    bias: Tensor | None
-    description: tuple[int, ...]
-    dtype: torch.dtype
-    in_features: int
-    out_features: int
+    def __init__(
+        self, panels: Tensor, scales: Tensor | None, bias: Tensor | None, numbers: tuple[int, int, int, int, int]
+    ) -> None:
+        self.panels = panels
+        self.scales = scales
+        self.bias = bias
+        self.numbers = numbers
+        self.dtype = panels.dtype
+        self.out_features, padded, group, gate, self.in_features = numbers
+        self.rows = self.out_features * (2 if gate else 1)
+        addresses = (address(scales), address(bias))
+        shape = (self.out_features, padded, group, gate)
+        self.description = (TYPES[self.dtype], panels.data_ptr(), *shape, *addresses)
 
     @property
     def nbytes(self) -> int:
@@ -67,10 +73,19 @@ class CpuKernels:
         count, lane = -(-out // width), 4 // values.itemsize
         panels = torch.empty(count, -(-columns // lane), PANEL, lane, dtype=values.dtype)
         scales, bias = (arrange(each, out, count) for each in (matrix.scales, matrix.bias))
-        numbers = (out, columns, matrix.input_group, GATES[matrix.activation])
-        description = (TYPES[values.dtype], panels.data_ptr(), *numbers, address(scales), address(bias))
-        _cpu.pack(values.data_ptr(), description, panels.data_ptr())
-        return PanelWeight(panels, scales, bias, description, values.dtype, matrix.values.shape[1], out)
+        numbers = (out, columns, matrix.input_group, GATES[matrix.activation], matrix.values.shape[1])
+        weight = PanelWeight(panels, scales, bias, numbers)
+        _cpu.pack(values.data_ptr(), weight.description, panels.data_ptr())
+        return weight
+
+    def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+        assert isinstance(weight, PanelWeight)
+        parts = {"panels": weight.panels, "scales": weight.scales, "bias": weight.bias}
+        return {name: part for name, part in parts.items() if part is not None}, weight.numbers
+
+    def reload(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> PackedWeight:
+        out, padded, group, gate, inputs = numbers
+        return PanelWeight(parts["panels"], parts.get("scales"), parts.get("bias"), (out, padded, group, gate, inputs))
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PanelWeight)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.kernels.base import AttentionSpec, HeadSpec, Matrix, PackedWeight, RaggedBatch
+from headrace.kernels.base import Activation, AttentionSpec, HeadSpec, Matrix, PackedWeight, RaggedBatch
+
+ACTIVATIONS: tuple[Activation | None, ...] = (None, "silu", "gelu_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,14 @@ class PlainWeight:
     """A weight as it is."""
 
     matrix: Matrix
+
+    @property
+    def rows(self) -> int:
+        return self.matrix.values.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix.values.shape[1]
 
     @property
     def out_features(self) -> int:
@@ -37,6 +48,18 @@ class ReferenceKernels:
 
     def pack(self, matrix: Matrix) -> PackedWeight:
         return PlainWeight(matrix)
+
+    def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+        assert isinstance(weight, PlainWeight)
+        matrix = weight.matrix
+        parts = {"values": matrix.values, "scales": matrix.scales, "bias": matrix.bias}
+        kept = {name: part for name, part in parts.items() if part is not None}
+        return kept, (matrix.input_group, ACTIVATIONS.index(matrix.activation))
+
+    def reload(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> PackedWeight:
+        group, activation = numbers
+        scales, bias = parts.get("scales"), parts.get("bias")
+        return PlainWeight(Matrix(parts["values"], scales, group, bias, ACTIVATIONS[activation]))
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PlainWeight)
@@ -131,8 +154,8 @@ def multiply_integers(x: Tensor, values: Tensor, group: int) -> Tensor:
     result = torch.zeros(len(x), len(values), device=x.device)
     for start in range(0, x.shape[1], group):
         part = x[:, start : start + group]
-        scale = part.abs().amax(-1, keepdim=True) / 127
-        inverse = torch.where(scale > 0, 1 / scale, 0)
+        top = part.abs().amax(-1, keepdim=True)
+        scale, inverse = top / 127, torch.where(top > 0, 127 / top, 0)
         whole = (part.double() * inverse).round()
         result += (whole @ values[:, start : start + group].double().T).float() * scale
     return result

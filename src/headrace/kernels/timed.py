@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,12 @@ class TimedKernels:
 
     def pack(self, matrix: Matrix) -> PackedWeight:
         return self.kernels.pack(matrix)
+
+    def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+        return self.kernels.unload(weight)
+
+    def reload(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> PackedWeight:
+        return self.kernels.reload(parts, numbers)
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         with self.watch.part(product_part(x.shape[1], weight.out_features)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from headrace.model.decoder import Layer, Model
 from headrace.model.rope import rope_frequencies
 from headrace.options import PrecisionName
 from headrace.quant import FORMATS, Linear
+from headrace.quant.packed import PackedFile
 
 # Every other module beside these is a family, named by its config's model_type, with a function read_config.
 SHARED = {"config", "decoder", "loading", "rope"}
@@ -39,12 +40,14 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """How a model is laid out in memory. max_context cuts the context that the checkpoint allows."""
+    """How a model is laid out in memory. max_context cuts the context that the checkpoint allows; packed_path is where
+    its packed weights are kept for the next start, None to keep nothing."""
 
     precision: PrecisionName = "fp32"
     device: str = "cpu"
     block_size: int = 32
     max_context: int | None = None
+    packed_path: Path | None = None
 
 
 def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> Model:
@@ -60,20 +63,17 @@ def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> M
             raise InputError(f"max_context of {settings.max_context} is above the {most} tokens that the model allows")
         config = replace(config, context_length=settings.max_context)
     loader = _Loader(weights, config, kernels, settings)
-    embedding = loader.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(
-        loader.format.dtype
-    )
-    head = loader.linear(["lm_head"], [config.vocab_size], config.hidden_size) if not config.tied else None
+    embedding = loader.table("model.embed_tokens", (config.vocab_size, config.hidden_size))
     model = Model(
         config,
         CacheLayout.from_windows(config.windows, settings.block_size),
         kernels,
-        embedding.to(settings.device),
+        embedding,
         [loader.layer(index) for index in range(config.layers)],
         loader.norm("model.norm", config.hidden_size),
-        head or Linear(kernels, loader.format, embedding.to(settings.device)),
+        loader.head(embedding),
     )
-    loader.check_all_read()
+    loader.finish()
     return model
 
 
@@ -100,6 +100,7 @@ class _Loader:
         self.kernels = kernels
         self.device = settings.device
         self.format = FORMATS[settings.precision]
+        self.packed = PackedFile(settings.packed_path)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of this shape. Raises ModelError naming what is missing or how its shape differs."""
@@ -113,18 +114,28 @@ class _Loader:
         self.unread.discard(name)
         return tensor
 
-    def check_all_read(self) -> None:
-        """Raise ModelError for a tensor that this model has no place for: a bias, a norm or the scale of a quantisation
-        that changes what the model computes. A tied head's copy and old files' rope tables say nothing new."""
+    def finish(self) -> None:
+        """Keep what was packed for the next start. Raises ModelError for a tensor that this model has no place for."""
+        if not self.packed.complete:
+            self._check_all_read()
+            self.packed.write()
+
+    def _check_all_read(self) -> None:
+        """A bias, a norm or the scale of a quantisation that is left over would change what the model computes. A tied
+        head's copy and old files' rope tables say nothing new."""
         tied = {"lm_head.weight"} if self.config.tied else set()
         extra = sorted(name for name in self.unread - tied if not name.endswith("rotary_emb.inv_freq"))
         if extra:
             more = f", nor have {len(extra) - 1} others" if len(extra) > 1 else ""
             raise ModelError(f"tensor {extra[0]} has no place in the model that its config describes{more}")
 
+    def table(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """The embedding, in the dtype of the activations."""
+        return self._remember(name, lambda: self.read(f"{name}.weight", shape).to(self.format.dtype))
+
     def norm(self, name: str, size: int) -> Tensor:
         """A norm's weight as it acts, float32 [size]."""
-        return (self.read(f"{name}.weight", (size,)).float() + self.config.norm_offset).to(self.device)
+        return self._remember(name, lambda: self.read(f"{name}.weight", (size,)).float() + self.config.norm_offset)
 
     def optional_norm(self, name: str, size: int, wanted: bool) -> Tensor | None:
         return self.norm(name, size) if wanted else None
@@ -138,11 +149,37 @@ class _Loader:
         activation: Activation | None = None,
     ) -> Linear:
         """Several weights [rows, columns] on top of each other as one product."""
+        known = self.packed.take(names[0])
+        if known is not None:
+            return Linear(self.kernels, self.kernels.reload(*known), self.format.arithmetic)
         sizes = list(zip(names, rows, strict=True))
         weight = torch.cat([self.read(f"{name}.weight", (each, columns)) for name, each in sizes])
         added = torch.cat([self.read(f"{name}.bias", (each,)) for name, each in sizes]) if bias else None
-        weight, added = weight.to(self.device), None if added is None else added.to(self.device)
-        return Linear(self.kernels, self.format, weight, added, activation)
+        return self._pack(names[0], weight, added, activation)
+
+    def head(self, embedding: Tensor) -> Linear:
+        """The product that gives logits: of the embedding itself where the model ties them."""
+        config = self.config
+        if not config.tied:
+            return self.linear(["lm_head"], [config.vocab_size], config.hidden_size)
+        known = self.packed.take("lm_head")
+        if known is not None:
+            return Linear(self.kernels, self.kernels.reload(*known), self.format.arithmetic)
+        return self._pack("lm_head", embedding, None, None)
+
+    def _pack(self, name: str, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Linear:
+        bias = None if bias is None else bias.to(self.device)
+        linear = Linear.store(self.kernels, self.format, weight.to(self.device), bias, activation)
+        self.packed.keep(name, *self.kernels.unload(linear.weight))
+        return linear
+
+    def _remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor from the packed file, or made and kept for it."""
+        known = self.packed.take(name)
+        tensor = make().contiguous() if known is None else known[0]["tensor"]
+        if known is None:
+            self.packed.keep(name, {"tensor": tensor})
+        return tensor.to(self.device)
 
     def layer(self, index: int) -> Layer:
         config, prefix = self.config, f"model.layers.{index}"

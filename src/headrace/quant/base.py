@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from headrace.kernels.base import Activation, Kernels, Matrix
+from headrace.kernels.base import Activation, Kernels, Matrix, PackedWeight
 from headrace.meter.operations import Product
 
 
@@ -27,21 +27,26 @@ class Quantization(Protocol):
 
 
 class Linear:
-    """y = x W^T + b, with a weight that the kernels have laid out for themselves."""
+    """y = x W^T + b, with a weight that the kernels have laid out for themselves. format is that of the arithmetic."""
 
-    def __init__(
-        self,
+    def __init__(self, kernels: Kernels, weight: PackedWeight, format: str) -> None:
+        self.kernels = kernels
+        self.weight = weight
+        self.format = format
+
+    @classmethod
+    def store(
+        cls,
         kernels: Kernels,
         format: Quantization,
         weight: Tensor,
         bias: Tensor | None = None,
         activation: Activation | None = None,
-    ) -> None:
+    ) -> Self:
+        """From a floating-point weight [out, in] and a bias [out]."""
         bias = None if bias is None else bias.float()
-        self.kernels = kernels
-        self.rows, self.in_features = weight.shape
-        self.format = format.arithmetic
-        self.weight = kernels.pack(replace(format.store(weight), bias=bias, activation=activation))
+        matrix = replace(format.store(weight), bias=bias, activation=activation)
+        return cls(kernels, kernels.pack(matrix), format.arithmetic)
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, in] to [T, out], of x's dtype if none is given."""
@@ -53,13 +58,6 @@ class Linear:
 
     def describe(self, name: str, layers: int, wanted_layers: int) -> Product:
         """What the meter needs to count this product, in so many layers (see `Product`)."""
-        return Product(
-            name,
-            self.in_features,
-            self.rows,
-            self.weight.out_features,
-            self.nbytes,
-            layers,
-            wanted_layers,
-            self.format,
-        )
+        weight = self.weight
+        shape = (weight.in_features, weight.rows, weight.out_features)
+        return Product(name, *shape, weight.nbytes, layers, wanted_layers, self.format)

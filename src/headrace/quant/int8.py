@@ -16,7 +16,7 @@ INPUT_GROUP = 144
 
 
 class Int8:
-    """See the module; groups of up to `input_group` inputs, of equal size where they divide the width."""
+    """See the module. The last group of a width is shorter where `input_group`, a multiple of 4, does not divide it."""
 
     dtype = torch.bfloat16
     arithmetic = "int8"
@@ -28,10 +28,4 @@ class Int8:
         wide = weight.float()
         scales = wide.abs().amax(1) / LIMIT
         values = (wide / scales.where(scales > 0, 1)[:, None]).round().to(torch.int8)
-        return Matrix(values, scales, input_group=divide_evenly(wide.shape[1], self.input_group))
-
-
-def divide_evenly(width: int, most: int) -> int:
-    """The size of the fewest nearly equal groups of at most `most` that a width falls into, a multiple of 4."""
-    groups = -(-width // most)
-    return -(-width // (4 * groups)) * 4
+        return Matrix(values, scales, input_group=self.input_group)

@@ -159,8 +159,8 @@ void quantize_group(const T* x, int64_t size, int8_t* into, float& scale, int32_
         vf v = load(x + i, size - i);
         top = maximum(top, maximum(v, -v));
     }
-    scale = largest(top) / 127.0f;
-    float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    float magnitude = largest(top), inverse = magnitude > 0 ? 127.0f / magnitude : 0.0f;
+    scale = magnitude / 127.0f;
     vi total = {};
     for (int64_t i = 0; i < size; i += W) {
         // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, ties to even.
@@ -168,9 +168,7 @@ void quantize_group(const T* x, int64_t size, int8_t* into, float& scale, int32_
         total += whole;
         store(into + i, whole, size - i);
     }
-    int32_t sum = 0;
-    for (int i = 0; i < W; i++) sum += total[i];
-    offset = 128 * sum;
+    offset = 128 * sum(total);
 }
 
 template <class T>

@@ -120,6 +120,16 @@ inline float sum(vf v) {
 #endif
 }
 
+inline int32_t sum(vi v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t total = 0;
+    for (int i = 0; i < W; i++) total += v[i];
+    return total;
+#endif
+}
+
 inline float largest(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);

@@ -1,0 +1,77 @@
+"""Packed weights on disk: a second start maps them into memory and neither reads, converts nor packs the checkpoint.
+
+One safetensors file for a model, a number format and a form of packing. It is written whole or not at all, and anything
+that cannot be read is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+log = logging.getLogger("headrace")
+
+# Smaller models load at once anyway; larger ones are too much to keep unasked.
+LEAST_BYTES, MOST_BYTES = 32 * 2**20, 4 * 2**30
+
+Numbers = tuple[int, ...]
+Parts = dict[str, Tensor]
+
+
+class PackedFile:
+    """Parts (tensors by name, and whole numbers) by the name of what they are parts of. `path` None keeps nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._found: dict[str, tuple[Parts, Numbers]] = {}
+        self._new: dict[str, tuple[Parts, Numbers]] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is here: a file is only written when it holds all of a model."""
+        return bool(self._found)
+
+    def take(self, name: str) -> tuple[Parts, Numbers] | None:
+        """What was kept under this name, mapped from the file, or None."""
+        return self._found.get(name)
+
+    def keep(self, name: str, parts: Mapping[str, Tensor], numbers: Numbers = ()) -> None:
+        """Note what `write` will write. The tensors must not change until then."""
+        if self.path is not None:
+            self._new[name] = (dict(parts), numbers)
+
+    def write(self) -> None:
+        """Write what was noted. A disk that refuses costs time at the next start, so it is a warning and no error."""
+        tensors = {f"{name}/{part}": each for name, (parts, _) in self._new.items() for part, each in parts.items()}
+        numbers = {name: json.dumps(each) for name, (_, each) in self._new.items()}
+        self._new = {}
+        if self.path is None or not LEAST_BYTES <= sum(each.nbytes for each in tensors.values()) <= MOST_BYTES:
+            return
+        part = self.path.with_name(f"{self.path.name}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, part, metadata=numbers)
+            part.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            log.warning("packed weights are not kept for the next start: %s", error)
+            part.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names: dict[str, Parts] = {}
+                for key in file.keys():  # noqa: SIM118
+                    name, part = key.rsplit("/", 1)
+                    names.setdefault(name, {})[part] = file.get_tensor(key)
+                numbers = {name: tuple(json.loads(each)) for name, each in (file.metadata() or {}).items()}
+            self._found = {name: (parts, numbers[name]) for name, parts in names.items()}
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            log.warning("%s cannot be read and is made anew: %s", path, error)

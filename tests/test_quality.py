@@ -1,0 +1,105 @@
+"""What number formats cost: perplexity, agreement, and the choice that `auto` makes of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import shared_data
+
+from headrace import LLM
+from headrace.cli import main
+from headrace.core import InputError
+from headrace.engine import precision
+from headrace.engine.precision import choose_precision
+from headrace.judge.quality import cut_windows, measure_agreement, measure_perplexity
+from headrace.meter import losses
+from headrace.options import EngineOptions
+from headrace.quant.int8 import Int8
+
+# int8 may raise perplexity by so much over bf16's.
+INT8_LOSS = 0.015
+
+
+def ignore(done: int, total: int) -> None:
+    assert 0 < done <= total
+
+
+def test_windows() -> None:
+    assert cut_windows(list(range(10)), 4, 100) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert cut_windows(list(range(10)), 4, 7) == [[0, 1, 2, 3]]
+    with pytest.raises(InputError, match="3 tokens, fewer than a window of 4"):
+        cut_windows([1, 2, 3], 4, 100)
+    with pytest.raises(InputError, match="predicts nothing"):
+        cut_windows([1, 2, 3], 1, 100)
+
+
+def test_perplexity_equals_the_score_of_the_same_windows(tiny_model: Path) -> None:
+    with LLM(str(tiny_model), precision="fp32", kv_cache_bytes=1 << 22, threads=1) as llm:
+        windows = [[1 + (7 * place + shift) % 90 for place in range(40)] for shift in range(6)]
+        found = measure_perplexity(llm, windows, ignore)
+        logprobs = [value for each in llm.score(windows) for value in each.logprobs if value is not None]
+        assert found.tokens == len(logprobs) == 6 * 39
+        assert found.perplexity == pytest.approx(math.exp(-sum(logprobs) / len(logprobs)), rel=1e-5)
+        same = measure_agreement(llm, llm, windows, ignore)
+        assert (same.top1, same.kl, same.tokens) == (1.0, 0.0, found.tokens)
+        assert same.perplexity == same.other_perplexity == pytest.approx(found.perplexity)
+
+
+def test_int8_loses_little_of_the_real_model(smollm2_path: Path) -> None:
+    text = shared_data("wikitext2_test.txt").read_text()
+    settings = {"kv_cache_bytes": 1 << 26}
+    with (
+        LLM(str(smollm2_path), precision="bf16", **settings) as exact,
+        LLM(str(smollm2_path), precision="int8", **settings) as fast,
+    ):
+        windows = cut_windows(exact.tokenizer.encode(text), 512, 16 * 512)
+        found = measure_agreement(exact, fast, windows, ignore)
+    assert found.other_perplexity / found.perplexity - 1 < INT8_LOSS
+    assert found.top1 > 0.9 and 0 < found.kl < 0.03
+
+
+def test_int8_stores_the_nearest_values() -> None:
+    weight = torch.randn(20, 33)
+    weight[3] = 0
+    matrix = Int8().store(weight)
+    assert matrix.scales is not None and matrix.values.dtype == torch.int8
+    error = (matrix.values * matrix.scales[:, None] - weight).abs()
+    assert bool((error <= matrix.scales[:, None] / 2 + 1e-7).all()) and not matrix.values[3].any()
+
+
+def test_auto_takes_int8_only_where_its_loss_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "losses_path", lambda: tmp_path / "losses.json")
+    options = EngineOptions()
+    assert choose_precision(EngineOptions(precision="fp32"), "avx512_bf16", "m") == ("fp32", "asked for")
+    chosen, why = choose_precision(options, "avx512_bf16", "m")
+    assert chosen == "bf16" and "not known" in why
+    losses.save_loss("m", "int8", 0.008)
+    losses.save_loss("other", "int8", precision.MOST_LOSS + 0.01)
+    chosen, why = choose_precision(options, "avx512_bf16", "m")
+    assert chosen == "int8" and "0.8%" in why
+    chosen, why = choose_precision(options, "avx512_bf16", "other")
+    assert chosen == "bf16" and "more than 1.5%" in why
+    assert choose_precision(options, "portable", "m")[0] == "fp32"
+    (tmp_path / "losses.json").write_text("[broken")
+    assert choose_precision(options, "avx2", "m")[0] == "fp32"
+
+
+def test_eval_from_the_command_line(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(losses, "losses_path", lambda: tmp_path / "losses.json")
+    text = tmp_path / "text.txt"
+    text.write_text("The mill by the river grinds wheat. " * 40)
+    common = ["--text", str(text), "--model", str(tiny_model), "--window", "32", "--json"]
+    assert main(["eval", "ppl", *common, "--precision", "int8"]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == "int8"
+    assert main(["eval", "agree", *common, "--precision", "int8", "--against", "fp32"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["precision"], found["against"]) == ("int8", "fp32") and found["top1"] > 0.5
+    assert (tmp_path / "losses.json").exists()
+    assert main(["eval", "ppl", "--text", str(tmp_path / "none.txt"), "--model", str(tiny_model)]) == 2
+    assert "cannot be read as text" in capsys.readouterr().err

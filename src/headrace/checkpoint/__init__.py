@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from headrace.checkpoint.base import Checkpoint, name_model
 from headrace.checkpoint.gguf_file import GgufCheckpoint
+from headrace.checkpoint.hashes import describe_files
 from headrace.checkpoint.safetensors_folder import SafetensorsCheckpoint
 from headrace.checkpoint.sources import resolve
 from headrace.checkpoint.tokenizer import Tokenizer
@@ -20,4 +22,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Raises ModelError, one line saying what and where, for whatever is wrong with it.
     """
     path = resolve(str(model))
+    files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+    return _open(path, describe_files(files))
+
+
+@lru_cache(maxsize=1)
+def _open(path: Path, state: str) -> Checkpoint:
+    """A job looks at a checkpoint before it loads the model: it is parsed once, unless its files have changed."""
     return SafetensorsCheckpoint(path) if path.is_dir() else GgufCheckpoint(path)

@@ -17,6 +17,7 @@ Model = Annotated[str, typer.Option(help="A name from `headrace models`, a model
 Text = Annotated[Path, typer.Option(metavar="FILE", help="Plain text in UTF-8.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or int8.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores if not given.")]
+InstructionSet = Annotated[str, typer.Option(help="What the kernels use: auto, avx512_bf16, avx512, avx2 or portable.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that are read together.")]
 Most = Annotated[int, typer.Option("--tokens", min=2, help="Most tokens of the text to use.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -26,7 +27,7 @@ judge = typer.Typer(help="Measure what a number format costs in quality.", no_ar
 
 
 @bench.command(cls=GroupedCommand)
-def peaks(threads: Threads = None, as_json: AsJson = False) -> None:
+def peaks(threads: Threads = None, instruction_set: InstructionSet = "auto", as_json: AsJson = False) -> None:
     """Measure what this machine can do at most, and keep it.
 
     Operations a second in fp32, bf16 and int8, products at several row counts, memory read, write and copy. Takes about
@@ -45,7 +46,7 @@ def peaks(threads: Threads = None, as_json: AsJson = False) -> None:
 
     console = Console(stderr=True)
     with console.status("measuring") as status:
-        found = measure_peaks(choose_kernels("cpu", "cpu"), threads or count_cores(), status.update)
+        found = measure_peaks(choose_kernels("cpu", "cpu", instruction_set), threads or count_cores(), status.update)
     path = save_peaks(found)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
@@ -53,7 +54,7 @@ def peaks(threads: Threads = None, as_json: AsJson = False) -> None:
     typer.echo(f"{found.machine}, {found.threads} threads; kept in {path}")
     for name, rate in found.operations.items():
         products = ", ".join(f"{value / 1e9:.0f} at {rows} rows" for rows, value in found.products[name].items())
-        typer.echo(f"{name:5} {rate / 1e9:5.0f} G operations/s in registers; products {products}")
+        typer.echo(f"{name:5} {rate / 1e9:5.0f} G operations/s at most; products {products}")
     typer.echo("memory " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in found.memory.items()))
 
 

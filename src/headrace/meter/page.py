@@ -90,6 +90,7 @@ def draw_roofline(axes: Axes, report: Mapping[str, Any]) -> None:
         for name, peak in report["peaks"]["operations_per_s"].items():
             places = [span[0], peak / bandwidth, span[1]]
             axes.plot(places, [min(peak, place * bandwidth) / 1e9 for place in places], label=f"{name} roof")
+        axes.legend(loc="lower right")
     for name, each in operators.items():
         axes.plot(intensities[name], each["operations"] / each["seconds"] / 1e9, "o", color="#222")
         axes.annotate(f"{name} ({each['format']})", (intensities[name], each["operations"] / each["seconds"] / 1e9))
@@ -97,7 +98,6 @@ def draw_roofline(axes: Axes, report: Mapping[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("operations a byte")
     axes.set_ylabel("G operations a second")
-    axes.legend(loc="lower right")
 
 
 def draw_parts(axes: Axes, report: Mapping[str, Any]) -> None:

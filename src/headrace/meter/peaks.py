@@ -34,7 +34,8 @@ class NoisyMachine(HeadraceError):
 class Peaks:
     """Limits of one machine by so many threads.
 
-    operations  a second, by number format (a multiply-add counts two): registers only, which no product can pass
+    operations  a second, by number format (a multiply-add counts two): the higher of the best product and of
+                multiply-adds that never leave the registers
     products    a second, by number format and rows: what our own matrix products reach, weights of 2048 x 2048
     memory      bytes a second: read, write, copy (both directions counted)
     """

@@ -19,11 +19,10 @@ from itertools import cycle
 
 import torch
 
-from headrace.engine.loading import count_cores
 from headrace.kernels.base import AttentionSpec, HeadSpec, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
 from headrace.meter.operations import ModelShape, Piece, count_attention
-from headrace.meter.peaks import Peaks, describe_machine, load_peaks
+from headrace.meter.peaks import Peaks, count_cores, describe_machine, load_peaks
 from headrace.quant import FORMATS
 
 BLOCK_SIZE = 32

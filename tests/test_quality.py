@@ -93,7 +93,7 @@ def test_eval_from_the_command_line(
 ) -> None:
     monkeypatch.setattr(losses, "losses_path", lambda: tmp_path / "losses.json")
     text = tmp_path / "text.txt"
-    text.write_text("The mill by the river grinds wheat. " * 40)
+    text.write_text("The mill by the river grinds wheat. " * 2000)
     common = ["--text", str(text), "--model", str(tiny_model), "--window", "32", "--json"]
     assert main(["eval", "ppl", *common, "--precision", "int8"]) == 0
     assert json.loads(capsys.readouterr().out)["precision"] == "int8"

@@ -144,7 +144,9 @@ class LLM:
 
     def close(self) -> None:
         """Free the model and the KV cache. The LLM cannot be used after it."""
-        self.__dict__.pop("engine", None)
+        engine = self.__dict__.pop("engine", None)
+        if engine is not None:
+            engine.meter.close()
 
     def __enter__(self) -> Self:
         return self

@@ -178,11 +178,6 @@ class KVLedger:
         self.tree.unpin(holding.node)
         self._trim()
 
-    def forget_prefixes(self) -> None:
-        """Free every block that only the prefix tree keeps."""
-        while self.pool.evictable:
-            self._evict()
-
     def _trim(self) -> None:
         """Evict the least recently used unheld blocks down to `retain_blocks`: memory follows the work."""
         while self.pool.evictable > self.retain_blocks:

@@ -11,6 +11,7 @@ from headrace.checkpoint.hashes import describe_files
 from headrace.checkpoint.safetensors_folder import SafetensorsCheckpoint
 from headrace.checkpoint.sources import resolve
 from headrace.checkpoint.tokenizer import Tokenizer
+from headrace.core import ModelError
 
 __all__ = ["Checkpoint", "Tokenizer", "name_model", "open_checkpoint"]
 
@@ -22,8 +23,12 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Raises ModelError, one line saying what and where, for whatever is wrong with it.
     """
     path = resolve(str(model))
-    files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
-    return _open(path, describe_files(files))
+    try:
+        files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+        state = describe_files(files)
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return _open(path, state)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ needs them, so that help and typing errors answer at once.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import json
 from collections.abc import Callable
@@ -67,6 +68,8 @@ def run(input: str, output: str | None, config: Path | None, **flags: object) ->
     target = output or default_output(input)
     from headrace.job.run import run_job
 
+    # What is loaded by now stays until the process ends: the collector need not look at it again and again.
+    gc.freeze()
     run_job(input, target, *settings)
 
 

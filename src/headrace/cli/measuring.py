@@ -22,6 +22,9 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens that are read together.
 Most = Annotated[int, typer.Option("--tokens", min=2, help="Most tokens of the text to use.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+# Fewer say too little of a model to choose by.
+LEAST_TOKENS = 4096
+
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 judge = typer.Typer(help="Measure what a number format costs in quality.", no_args_is_help=True)
 
@@ -39,10 +42,9 @@ def peaks(threads: Threads = None, instruction_set: InstructionSet = "auto", as_
     """
     from rich.console import Console
 
-    from headrace.engine.loading import count_cores
     from headrace.kernels import choose_kernels
     from headrace.kernels.peaks import measure_peaks
-    from headrace.meter.peaks import save_peaks
+    from headrace.meter.peaks import count_cores, save_peaks
 
     console = Console(stderr=True)
     with console.status("measuring") as status:
@@ -88,12 +90,14 @@ def agree(
     text: Text,
     against: Precision = "bf16",
     model: Model = DEFAULT_MODEL,
-    precision: Precision = "auto",
+    precision: Precision = "int8",
     window: Window = 512,
     most: Most = 32_768,
     as_json: AsJson = False,
 ) -> None:
     """How near one number format comes to another: equal likeliest tokens, KL divergence, both perplexities.
+
+    The loss, by which share perplexity rises, is kept for --precision auto if the text has 4,096 tokens or more.
 
     \\b
     Example:
@@ -111,11 +115,11 @@ def agree(
     ):
         windows = cut_windows(one.tokenizer.encode(read_text(text)), window, most)
         found = measure_agreement(one, other, windows, steps.tell)
-        values = {"precision": other.resolved["precision"], "against": one.resolved["precision"]}
-        if values["against"] in ("bf16", "fp32"):
-            loss = found.other_perplexity / found.perplexity - 1
-            save_loss(one.model_hash, values["precision"], loss)
-            values["loss"] = f"perplexity {loss:+.2%}, kept for --precision auto"
+        values: dict[str, Any] = {"precision": other.resolved["precision"], "against": one.resolved["precision"]}
+        values["loss"] = found.other_perplexity / found.perplexity - 1
+        values["kept"] = values["against"] in ("bf16", "fp32") and found.tokens >= LEAST_TOKENS
+        if values["kept"]:
+            save_loss(one.model_hash, values["precision"], values["loss"])
     show(values | dataclasses.asdict(found) | {"window": window}, as_json)
 
 
@@ -132,13 +136,14 @@ def report(
     Example:
       headrace report answers.jsonl.report.json --html answers.html
     """
-    from headrace.meter.page import draw_page
     from headrace.meter.report import format_report, read_report
 
     found = read_report(file)
     if html is None:
         typer.echo(format_report(found))
         return
+    from headrace.meter.page import draw_page
+
     html.write_text(draw_page(found), encoding="utf-8")
     typer.echo(html)
 

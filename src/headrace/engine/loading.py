@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from headrace.engine.precision import choose_precision
 from headrace.kernels import choose_kernels
 from headrace.kernels.timed import TimedKernels
 from headrace.meter.meter import Meter
-from headrace.meter.peaks import describe_machine, load_peaks
+from headrace.meter.peaks import count_cores, describe_machine, load_peaks
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model, ModelSettings, load_model
 from headrace.options import EngineOptions
@@ -78,8 +76,6 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
         "kv_cache_bytes": cache.num_blocks * cache.block_bytes,
         "max_context": model.config.context_length,
     }
-    # What has been loaded lives as long as the engine: the collector need not look at it again and again.
-    gc.freeze()
     return LoadedEngine(engine, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
 
 
@@ -88,11 +84,6 @@ def name_packed(checkpoint: Checkpoint, precision: str, kernels: str) -> Path:
     facts = json.dumps([checkpoint.hash(), dict(checkpoint.config), precision, kernels, PACKING], default=str)
     name = hashlib.sha256(facts.encode()).hexdigest()[:24]
     return cache_folder() / "packed" / f"{name}.safetensors"
-
-
-def count_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_cache(model: Model, options: EngineOptions, dtype: torch.dtype) -> PagedCache:

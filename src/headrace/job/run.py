@@ -105,7 +105,6 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
             progress.update(engine.counters)
         progress.update(engine.counters, last=True)
         work.run_seconds, work.shared = progress.seconds, feed.flow.shared
-        engine.meter.close()
     return work
 
 

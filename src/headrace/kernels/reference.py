@@ -64,12 +64,10 @@ class ReferenceKernels:
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PlainWeight)
         matrix = weight.matrix
-        if matrix.scales is not None:
-            y = multiply_integers(x.float(), matrix.values, matrix.input_group) * matrix.scales
-        elif matrix.activation is None and dtype is None:
+        if matrix.scales is None:
             y = functional.linear(x, matrix.values).float()
         else:
-            y = functional.linear(x.float(), matrix.values.float())
+            y = multiply_integers(x.float(), matrix.values, matrix.input_group) * matrix.scales
         if matrix.bias is not None:
             y = y + matrix.bias
         if matrix.activation is not None:

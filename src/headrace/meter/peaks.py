@@ -6,6 +6,7 @@ Knows how to time a call and when not to believe the times; what is called comes
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -45,6 +46,11 @@ class Peaks:
     operations: Mapping[str, float]
     products: Mapping[str, Mapping[str, float]]
     memory: Mapping[str, float]
+
+
+def count_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine(instruction_set: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from headrace.core import InputError
 from headrace.meter.counters import Counters
 from headrace.meter.meter import Meter
+from headrace.meter.peaks import count_cores
 from headrace.meter.verdict import explain
 
 SHARES = (
@@ -59,7 +60,7 @@ def describe_run(
     report["cost"] = None if price is None else round(price * (load_seconds + run_seconds) / 3600, 6)
     if meter is not None and counts["steps"]:
         report |= meter.describe(seconds)
-        report["verdict"] = explain(report, os.cpu_count() or 1)
+        report["verdict"] = explain(report, count_cores())
     return report
 
 
@@ -97,7 +98,7 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a report: {error}") from error
-    if not isinstance(report, dict) or "wall_s" not in report:
+    if not isinstance(report, dict) or not {"wall_s", "job"} <= set(report):
         raise InputError(f"{path} is not a report of `headrace run`: name its OUTPUT.report.json")
     return report
 
@@ -127,7 +128,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         lines.append(("verdict", report["verdict"]))
     if report.get("energy_j") is not None:
         lines.append(("energy", f"{report['energy_j']:,.0f} J"))
-    if report["cost"] is not None:
+    if report.get("cost") is not None:
         lines.append(("cost", f"{report['cost']:.4f}"))
     if report["rows_shared"]:
         lines.insert(2, ("shared", f"{report['rows_shared']:,} rows equal to another were answered from it"))

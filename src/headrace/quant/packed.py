@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,6 +60,9 @@ class PackedFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part, metadata=numbers)
+            # Renamed before its bytes are on the disk, a power cut would leave a whole header and weights of zeros.
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
             part.replace(self.path)
         except (OSError, SafetensorError) as error:
             log.warning("packed weights are not kept for the next start: %s", error)

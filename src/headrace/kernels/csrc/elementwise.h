@@ -15,10 +15,10 @@ using namespace headrace;
 // Elements a task: fewer would not pay for waking another thread.
 constexpr int64_t ELEMENTS_PER_TASK = 8192;
 
-// Call function(row) for every row, a few thousand elements a task, and at least so many rows.
+// Call function(row) for every row, a few thousand elements a task.
 template <class Function>
-void for_rows(int64_t rows, int64_t size, Function function, int64_t least = 1) {
-    int64_t together = std::max(least, ELEMENTS_PER_TASK / size);
+void for_rows(int64_t rows, int64_t size, Function function) {
+    int64_t together = std::max<int64_t>(1, ELEMENTS_PER_TASK / size);
     Pool::get().run((rows + together - 1) / together, [&](int64_t task, int) {
         for (int64_t row = task * together; row < std::min(rows, (task + 1) * together); row++) function(row);
     });
@@ -89,8 +89,6 @@ void prefetch_slot(const Cache& cache, int64_t slot, int64_t kv_head) {
 template <class T>
 void place_heads(const Heads& h, const Cache& cache, const int64_t* slots) {
     int64_t size = cache.head_size, all = h.heads + 2 * cache.kv_heads;
-    // Neighbouring tokens share the cache lines of their keys: long prompts are not cut between two threads there.
-    int64_t least = h.tokens > 8 * cache.block_size ? cache.block_size : 1;
     for_rows(h.tokens, all * size, [&](int64_t token) {
         for (int64_t i = 0; i < cache.kv_heads; i++) prefetch_slot<T>(cache, slots[token], i);
         T* heads = (T*)h.data + token * all * size;
@@ -103,7 +101,7 @@ void place_heads(const Heads& h, const Cache& cache, const int64_t* slots) {
         bool alone = token + 1 == h.tokens || slots[token + 1] != slots[token] + 1;
         T *keys = heads + h.heads * size, *values = keys + cache.kv_heads * size;
         for (int64_t i = 0; i < cache.kv_heads; i++) write_slot(keys + i * size, values + i * size, cache, slots[token], i, alone);
-    }, least);
+    });
 }
 
 }  // namespace

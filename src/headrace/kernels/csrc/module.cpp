@@ -1,5 +1,7 @@
 // The Python module: chooses a table of kernels once, and passes addresses and shapes on. cpu.py checks the tensors.
+#if defined(__linux__)
 #include <malloc.h>
+#endif
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,28 @@ def test_a_trace_opens_and_holds_every_step(tiny_model: Path, tmp_path: Path) ->
     assert len(steps) == report["steps"] and all(event["ph"] == "X" and event["dur"] > 0 for event in events)
     assert sum(event["args"]["output tokens"] for event in steps) == report["decode"]["tokens"]
     assert report["cost"] == pytest.approx(report["load_s"] + report["wall_s"], abs=0.002)
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tiny_model: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", batch_rows(1))
+    for trace in (tmp_path / "missing" / "trace.json", tmp_path):
+        with pytest.raises(InputError, match="trace cannot be written"):
+            run(tiny_model, source, tmp_path / "out.jsonl", trace=str(trace))
+    run(tiny_model, source, tmp_path / "out.jsonl")
+    page = tmp_path / "missing" / "page.html"
+    assert main(["report", str(tmp_path / "out.jsonl.report.json"), "--html", str(page)]) == 2
+
+
+def test_a_report_is_shown_without_the_extra_that_draws(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_model, write_lines(tmp_path / "in.jsonl", batch_rows(1)), tmp_path / "out.jsonl")
+    monkeypatch.delitem(sys.modules, "headrace.meter.page", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    path = str(tmp_path / "out.jsonl.report.json")
+    assert main(["report", path]) == 0 and "Bounded by" in capsys.readouterr().out
+    assert main(["report", path, "--html", str(tmp_path / "page.html")]) == 2
+    assert "headrace[plot]" in capsys.readouterr().err
 
 
 def test_a_report_is_shown_and_drawn(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,7 +144,10 @@ def report(
         return
     from headrace.meter.page import draw_page
 
-    html.write_text(draw_page(found), encoding="utf-8")
+    try:
+        html.write_text(draw_page(found), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{html} cannot be written: {error.strerror}") from error
     typer.echo(html)
 
 

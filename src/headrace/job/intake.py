@@ -89,6 +89,8 @@ def read_ask(source: str, output: str, engine: EngineOptions, sampling: Sampling
         raise InputError(f"{path} is a folder: name a file for the output")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} does not exist: make the folder for the output first")
+    if run.trace is not None and (Path(run.trace).is_dir() or not Path(run.trace).parent.is_dir()):
+        raise InputError(f"trace cannot be written to {run.trace}: name a file in a folder that exists")
     # Refuses a suffix that names no kind of output.
     ResultFormat(path, batch=True, model="", fingerprint="")
     return Ask(source, path, engine, sampling, run, template, constraint, params, read_max_errors(run.max_errors))

@@ -48,6 +48,7 @@ quality: .make/package
 	$(VENV)/headrace eval ppl --text "$(TEXT)" --precision fp32
 	$(VENV)/headrace eval agree --text "$(TEXT)" --precision bf16 --against fp32
 	$(VENV)/headrace eval agree --text "$(TEXT)" --precision int8 --against bf16
+	$(VENV)/headrace eval agree --text "$(TEXT)" --precision int4 --against bf16
 
 docs: .make/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict --quiet

@@ -13,6 +13,9 @@ import torch
 from tiny_gguf import HEAD, HEADS, HIDDEN, KV_HEADS, LAYERS, TOKENS, random_tensors, write_gguf
 
 from headrace.checkpoint import open_checkpoint
+from headrace.kernels.reference import PlainWeight, ReferenceKernels, dequantize
+from headrace.model import ModelSettings, load_model
+from headrace.quant.int4 import Int4
 
 TYPES = gguf.GGMLQuantizationType
 U32, F32, STRING = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
@@ -96,6 +99,30 @@ def test_tensor_types(tmp_path: Path, kind: str, error: float) -> None:
         assert found.shape == source.shape
         assert np.abs(found.float().numpy() - source).max() <= error
         assert found.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_4_bit_blocks_are_what_is_stored(tmp_path: Path, kind: str) -> None:
+    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", quantise=TYPES[kind])))
+    for part in ("self_attn.q_proj", "mlp.down_proj"):
+        name = f"model.layers.1.{part}.weight"
+        blocks = checkpoint.blocks(name)
+        assert blocks is not None and (blocks.minimums is None) == (kind == "Q4_0")
+        matrix = Int4().adopt(*blocks)
+        assert matrix is not None
+        torch.testing.assert_close(dequantize(matrix).float(), checkpoint.tensor(name), rtol=1e-6, atol=1e-6)
+    assert checkpoint.blocks("model.norm.weight") is None
+
+
+def test_int4_multiplies_stored_blocks_and_rounds_others(tmp_path: Path) -> None:
+    for kind in ("Q4_1", "Q8_0"):
+        checkpoint = open_checkpoint(str(write_gguf(tmp_path / f"{kind}.gguf", quantise=TYPES[kind])))
+        model = load_model(checkpoint, ReferenceKernels(), ModelSettings(precision="int4"))
+        weight = model.layers[0].down.weight
+        assert isinstance(weight, PlainWeight) and weight.matrix.values.dtype == torch.uint8
+        found, stored = dequantize(weight.matrix).float(), checkpoint.tensor("model.layers.0.mlp.down_proj.weight")
+        step = dequantize(weight.matrix).abs().amax() / 7
+        assert (found - stored).abs().amax() < (1e-6 if kind == "Q4_1" else step)
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])

@@ -13,9 +13,10 @@ from torch import Tensor
 from headrace.kernels import _cpu
 from headrace.kernels.base import Activation, AttentionSpec, HeadSpec, Matrix, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
-from headrace.kernels.reference import ReferenceKernels
+from headrace.kernels.reference import ReferenceKernels, dequantize
 from headrace.quant import FORMATS as BY_NAME
 from headrace.quant import Quantization
+from headrace.quant.int4 import Int4
 from headrace.quant.int8 import Int8
 
 PLAIN = ReferenceKernels()
@@ -42,19 +43,30 @@ def test_an_instruction_set_that_is_not_here_is_refused() -> None:
         _cpu.use_instruction_set("sse9")
 
 
+def avoid_ties(x: Tensor, group: int) -> Tensor:
+    """Take x [T, in] away from the middle between two 8-bit numbers, where instruction sets may round differently."""
+    parts = []
+    for part in torch.split(x, group, 1):
+        step = part.abs().amax(1, keepdim=True) / 127
+        near = (part / step).round()
+        parts.append((near + 0.6 * (part / step - near)) * step)
+    return torch.cat(parts, 1)
+
+
 SHAPES = [(1, 1, 1), (5, 33, 7), (12, 64, 96), (13, 31, 128), (97, 100, 65), (200, 160, 48)]
-FORMATS: list[Quantization] = [BY_NAME["fp32"], BY_NAME["bf16"], Int8(64), Int8(20)]
+FORMATS: list[Quantization] = [BY_NAME["fp32"], BY_NAME["bf16"], Int8(64), Int8(20), Int4(32, 64), Int4(64, 64)]
+NAMES = ["fp32", "bf16", "int8 by 64", "int8 by 20", "int4 by 32", "int4 by 64"]
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=["fp32", "bf16", "int8 by 64", "int8 by 20"])
+@pytest.mark.parametrize("format", FORMATS, ids=NAMES)
 @pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear(shape: tuple[int, int, int], activation: Activation | None, format: Quantization) -> None:
     rows, out, size = shape
     outputs = out if activation is None else 2 * out
     weight, bias = torch.randn(outputs, size) / size**0.5, torch.randn(outputs)
-    # Few-bit numbers would meet ties of the rounding to 8 bits, which instruction sets may break differently.
-    x = (2 * torch.randn(rows, size)).to(torch.float32 if isinstance(format, Int8) else format.dtype)
+    x = 2 * torch.randn(rows, size)
+    x = avoid_ties(x, format.input_group) if isinstance(format, Int8 | Int4) else x.to(format.dtype)
     for each in (None, bias):
         matrix = replace(format.store(weight), bias=each, activation=activation)
         # The oracle of bfloat16 sums in float32 and rounds once, at the end.
@@ -78,6 +90,26 @@ def test_activations_far_from_zero_stay_finite() -> None:
         assert_close(FAST.linear(extreme, FAST.pack(matrix)), PLAIN.linear(extreme, PLAIN.pack(matrix)))
 
 
+def test_4_bit_weights_without_minimums_are_around_eight() -> None:
+    matrix = Int4(32, 64).store(torch.randn(40, 100))
+    assert matrix.scales is not None
+    around, x = replace(matrix, minimums=None), torch.randn(30, 100)
+    found = FAST.linear(x, FAST.pack(around))
+    assert_close(found, PLAIN.linear(x, PLAIN.pack(around)))
+    assert_close(found, FAST.linear(x, FAST.pack(replace(matrix, minimums=matrix.scales * -8))))
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_4_bit_weights_are_the_nearest_of_16_levels(group: int) -> None:
+    weight = torch.randn(7, 150)
+    found = dequantize(Int4(group, 128).store(weight))
+    for part, near in zip(torch.split(weight, group, 1), torch.split(found, group, 1), strict=True):
+        step = (part.amax(1) - part.amin(1)) / 15
+        assert ((part - near).abs().amax(1) <= 0.51 * step).all()
+    again = Int4(group, 128).store(found.float())
+    torch.testing.assert_close(dequantize(again), found, atol=2e-3, rtol=0)
+
+
 def test_integer_sums_do_not_overflow() -> None:
     matrix = Matrix(torch.full((32, 8192), 127, dtype=torch.int8), torch.ones(32), input_group=8192)
     x = torch.full((3, 8192), 127.0) * torch.tensor([[1.0], [-1.0], [0.0]])
@@ -85,7 +117,7 @@ def test_integer_sums_do_not_overflow() -> None:
     assert torch.equal(FAST.linear(x, FAST.pack(matrix)), expected)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=["fp32", "bf16", "int8 by 64", "int8 by 20"])
+@pytest.mark.parametrize("format", FORMATS, ids=NAMES)
 def test_a_row_of_a_product_has_the_same_bits_in_any_batch(format: Quantization) -> None:
     x, weight = torch.randn(150, 300).to(format.dtype), FAST.pack(format.store(torch.randn(70, 300)))
     together = FAST.linear(x, weight)

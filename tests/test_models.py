@@ -90,6 +90,9 @@ class TransformersWeights:
     def tensor(self, name: str) -> Tensor:
         return self.state[name]
 
+    def blocks(self, name: str) -> None:
+        return None
+
 
 def make_pair(family: str, changes: dict[str, Any], kernels: Kernels) -> tuple[transformers.PreTrainedModel, Model]:
     """The same random model in transformers and here."""

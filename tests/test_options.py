@@ -89,7 +89,7 @@ def test_values(name: str, value: object, result: object) -> None:
         ("max_tokens", 1.5, "here: must be a whole number, got 1.5"),
         ("max_tokens", True, "here: must be a whole number, got True"),
         ("temperature", "warm", "here: must be a number, got 'warm'"),
-        ("precision", "fp8", "here: must be one of auto, fp32, bf16, int8, got 'fp8'"),
+        ("precision", "fp8", "here: must be one of auto, fp32, bf16, int8, int4, got 'fp8'"),
         ("prefix_cache", "yes", "here: must be true or false, got 'yes'"),
         ("prompt", 7, "here: must be text, got 7"),
         ("stop", [1], r"here: must be text or a list of texts, got \[1\]"),

@@ -72,7 +72,7 @@ def test_alone_and_together_are_the_same_bytes(llm: LLM, prompts: list[list[int]
     assert [each.outputs for each in again] == [each.outputs for each in together[:8]]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_a_row_says_the_same_in_any_company(smollm2_path: Path, prompts: list[list[int]], precision: Any) -> None:
     params = SamplingParams(max_tokens=16, logprobs=1)
     settings = {"precision": precision, "kv_cache_bytes": 1 << 28}

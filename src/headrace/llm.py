@@ -43,7 +43,7 @@ class LLM:
         self,
         model: str = DEFAULT_MODEL,
         *,
-        precision: Literal["auto", "fp32", "bf16", "int8"] = "auto",
+        precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto",
         kv_cache_bytes: int | None = None,
         threads: int | None = None,
         **options: Any,

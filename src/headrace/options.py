@@ -13,7 +13,7 @@ from headrace.core import InputError
 
 DEFAULT_MODEL = "smollm2-135m"
 
-PrecisionName = Literal["fp32", "bf16", "int8"]
+PrecisionName = Literal["fp32", "bf16", "int8", "int4"]
 
 
 def setting(default: Any, meaning: str, *, metavar: str | None = None, low: float | None = None) -> Any:
@@ -42,10 +42,10 @@ class EngineOptions(Options):
     """How the model is loaded and run."""
 
     model: str = setting(DEFAULT_MODEL, "A name from `headrace models`, a model folder, a .gguf file or a hub id.")
-    precision: Literal["auto", "fp32", "bf16", "int8"] = setting(
+    precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = setting(
         "auto",
-        "Number format of products: int8 is fastest and loses a little; auto is the fastest whose loss on this model "
-        "`headrace eval agree` has measured and found small, else bf16 or fp32.",
+        "Number format of products: int8 is fastest and loses a little, int4 takes half its memory; auto is int8 where "
+        "`headrace eval agree` has measured its loss on this model and found it small, else bf16 or fp32.",
     )
     device: Literal["cpu", "cuda"] = setting("cpu", "Where the arithmetic runs.")
     kernels: Literal["auto", "cpu", "reference"] = setting(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -13,6 +13,15 @@ from headrace.checkpoint.tokenizer import Tokenizer
 def name_model(path: Path) -> str:
     """The name by which reports and responses call the model in this folder or file."""
     return path.stem if path.suffix == ".gguf" else path.name
+
+
+class Blocks(NamedTuple):
+    """A matrix as 4-bit blocks, in Hugging Face's row order. values uint8 [out, in] from 0 to 15; scales and minimums
+    float16 [out, blocks], as stored: a weight is value * scale + minimum, without minimums (value - 8) * scale."""
+
+    values: Tensor
+    scales: Tensor
+    minimums: Tensor | None
 
 
 class Checkpoint(Protocol):
@@ -49,6 +58,10 @@ class Checkpoint(Protocol):
         float32, float16 or bfloat16 as stored; float32 where it was quantised. Raises ModelError if it is missing or
         of a type that is not supported.
         """
+        ...
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A tensor's 4-bit blocks, where it is stored so; None where it is not."""
         ...
 
     def tokenizer(self) -> Tokenizer:

@@ -1,19 +1,20 @@
 """A GGUF file as a checkpoint: tensors by Hugging Face's names, in its layout and head order, dequantised.
 
-Knows where GGUF's tensors differ from Hugging Face's; the gguf library knows how the quantised blocks are packed.
+Knows where GGUF's tensors differ from Hugging Face's; `gguf_blocks` knows what quantised blocks hold.
 """
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, dequantize
+from gguf import GGMLQuantizationType
 
+from headrace.checkpoint.base import Blocks
+from headrace.checkpoint.gguf_blocks import split_blocks, unpack_blocks
 from headrace.checkpoint.gguf_config import translate_config
 from headrace.checkpoint.gguf_header import FETCH_AGAIN, TensorEntry, read_header
 from headrace.checkpoint.gguf_tokenizer import build_tokenizer
@@ -42,11 +43,6 @@ GEMMA3_LAYER = LAYER | {
 }
 QUERY_KEY_NORMS = ("attn_q_norm", "attn_k_norm")
 ROPE_FACTORS = "rope_freqs.weight"
-# The gguf library works on 16 rows at a time; longer rows keep it out of Python, and these still fit the cache.
-ROW_BYTES = 4096
-# Packed bytes unpacked at a time: so few that the library's temporary arrays stay in the cache and are reused (twice as
-# fast as a whole matrix at once).
-PIECE_BYTES = 1 << 16
 
 
 class GgufCheckpoint:
@@ -71,17 +67,32 @@ class GgufCheckpoint:
         return frozenset(self._stored_names)
 
     def tensor(self, name: str) -> torch.Tensor:
+        stored = self._find(name)
+        tensor = self._order_rows(stored, self._read(self._header.tensors[stored]))
+        if self.config["model_type"] == "gemma3_text" and stored.endswith("_norm.weight"):
+            return tensor.float() - 1.0  # GGUF stores the factor itself, Hugging Face its distance from one
+        return tensor
+
+    def blocks(self, name: str) -> Blocks | None:
+        stored = self._find(name)
+        entry = self._header.tensors[stored]
+        blocks = split_blocks(self._data[entry.start : entry.start + entry.nbytes], entry)
+        if blocks is None:
+            return None
+        return Blocks(*(None if part is None else self._order_rows(stored, part) for part in blocks))  # type: ignore[arg-type]
+
+    def _order_rows(self, stored: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows of a stored tensor in Hugging Face's order."""
+        if self.config["model_type"] not in ("llama", "mistral") or stored.split(".")[-2] not in ("attn_q", "attn_k"):
+            return tensor
+        heads = self.config["num_attention_heads" if ".attn_q." in stored else "num_key_value_heads"]
+        return unpermute(tensor, heads)
+
+    def _find(self, name: str) -> str:
         stored = self._stored_names.get(name)
         if stored is None:
             raise ModelError(f"{self.path}: tensor {name!r} is missing; {FETCH_AGAIN}")
-        tensor = self._read(self._header.tensors[stored])
-        family = self.config["model_type"]
-        if family in ("llama", "mistral") and stored.split(".")[-2] in ("attn_q", "attn_k"):
-            heads = self.config["num_attention_heads" if ".attn_q." in stored else "num_key_value_heads"]
-            return unpermute(tensor, heads)
-        if family == "gemma3_text" and stored.endswith("_norm.weight"):
-            return tensor.float() - 1.0  # GGUF stores the factor itself, Hugging Face its distance from one
-        return tensor
+        return stored
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -159,19 +170,6 @@ class GgufCheckpoint:
             found = self._header.tensors[stored].shape
             if found != wanted:
                 raise ModelError(f"{self.path}: tensor {name!r} has shape {found}, expected {wanted}; {FETCH_AGAIN}")
-
-
-def unpack_blocks(data: np.ndarray[Any, np.dtype[np.uint8]], entry: TensorEntry) -> torch.Tensor:
-    """A quantised tensor's packed bytes to float32, by the gguf library."""
-    row_bytes = entry.nbytes // math.prod(entry.shape[:-1])
-    rows = entry.nbytes // row_bytes
-    joined = next(count for count in range(max(1, min(rows, ROW_BYTES // row_bytes)), 0, -1) if rows % count == 0)
-    packed = data.reshape(-1, joined * row_bytes)
-    unpacked = np.empty((len(packed), joined * entry.shape[-1]), np.float32)
-    step = max(1, PIECE_BYTES // (joined * row_bytes))
-    for start in range(0, len(packed), step):
-        unpacked[start : start + step] = dequantize(packed[start : start + step], entry.type)
-    return torch.from_numpy(unpacked.reshape(entry.shape))
 
 
 def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 
+from headrace.checkpoint.base import Blocks
 from headrace.checkpoint.hashes import hash_files
 from headrace.checkpoint.tokenizer import Tokenizer
 from headrace.core import ModelError
@@ -78,6 +79,9 @@ class SafetensorsCheckpoint:
             raise ModelError(f"{file}: tensor {stored!r} has unsupported type {dtype}; use a checkpoint in {right}")
         tensor: torch.Tensor = self._shards[file].get_tensor(stored)
         return tensor
+
+    def blocks(self, name: str) -> Blocks | None:
+        return None
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer

@@ -15,7 +15,7 @@ from headrace.options import DEFAULT_MODEL
 
 Model = Annotated[str, typer.Option(help="A name from `headrace models`, a model folder, a .gguf file or a hub id.")]
 Text = Annotated[Path, typer.Option(metavar="FILE", help="Plain text in UTF-8.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or int8.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or int4.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores if not given.")]
 InstructionSet = Annotated[str, typer.Option(help="What the kernels use: auto, avx512_bf16, avx512, avx2 or portable.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that are read together.")]

@@ -28,7 +28,7 @@ from headrace.schedule.fcfs import FirstComeFirstServed
 from headrace.schedule.state import SchedulerState
 
 # Raised whenever weights are quantised or packed in another way: what lies in the cache folder is then made anew.
-PACKING = 1
+PACKING = 2
 
 
 @dataclass(frozen=True, slots=True)

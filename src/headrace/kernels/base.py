@@ -7,7 +7,7 @@ All of them work on one batch form: ragged tokens of several sequences laid end 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -62,16 +62,21 @@ class AttentionSpec:
 class Matrix:
     """A weight matrix as a quantisation stores it, before a kernel lays it out for itself.
 
-    values       [out, in] float32, bfloat16, or int8 from -127 to 127
-    scales       float32 [out], int8 only: a weight is its value times its row's scale
-    input_group  int8 only: so many neighbouring inputs of a token share one scale, the largest magnitude over 127, when
-                 they are rounded to 8 bits; a multiple of 4
-    bias         float32 [out] or None
-    activation   None, or the first half of the outputs are gates and a product gives activation(gate) * second half
+    values        [out, in] float32, bfloat16, int8 from -127 to 127, or uint8 from 0 to 15 for 4-bit weights
+    scales        int8: float32 [out], a weight is its value times its row's scale
+                  uint8: float16 [out, groups of weight_group inputs], the last one may be shorter
+    minimums      uint8: float16 like scales, a weight is value * scale + minimum; without them (value - 8) * scale
+    weight_group  uint8: a multiple of 16 that divides input_group
+    input_group   integers only: so many neighbouring inputs of a token share one scale, the largest magnitude over 127,
+                  when they are rounded to 8 bits; a multiple of 4
+    bias          float32 [out] or None
+    activation    None, or the first half of the outputs are gates and a product gives activation(gate) * second half
     """
 
     values: Tensor
     scales: Tensor | None = None
+    minimums: Tensor | None = None
+    weight_group: int = 0
     input_group: int = 0
     bias: Tensor | None = None
     activation: Activation | None = None
@@ -81,9 +86,15 @@ class Matrix:
         """Features that a product gives."""
         return self.values.shape[0] // (1 if self.activation is None else 2)
 
+    def to(self, device: str) -> Matrix:
+        """The same on another device."""
+        tensors = {name: getattr(self, name) for name in ("values", "scales", "minimums", "bias")}
+        return replace(self, **{name: part.to(device) for name, part in tensors.items() if part is not None})
+
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.values, self.scales, self.bias) if part is not None)
+        parts = (self.values, self.scales, self.minimums, self.bias)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +159,7 @@ class Kernels(Protocol):
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, in] times the weight's transpose with all that its Matrix says: [T, out] of the dtype, x's own if None.
-        x is of the weight's dtype, or of any where that is int8. Sums are float32, for int8 exact integers."""
+        x is of the weight's dtype, or of any for integer weights. Sums are float32, exact integers within a group."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,5 +1,5 @@
-"""The kernels in C++, in float32, bfloat16 and 8-bit integers, on any processor; the fastest instruction set is chosen
-when this is loaded.
+"""The kernels in C++, in float32, bfloat16 and integers of 8 or 4 bits, on any processor; the fastest instruction set
+is chosen when this is loaded.
 
 This module checks shapes and hands addresses over; csrc/ holds the arithmetic and its pool of threads.
 """
@@ -15,32 +15,36 @@ from torch.nn import functional
 import headrace.kernels._cpu as _cpu
 from headrace.kernels.base import AttentionSpec, HeadSpec, Matrix, PackedWeight, RaggedBatch
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 PANEL = 32
+# Elements of a weight in a lane of 32 bits, by dtype.
+HELD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}
 
 
 class PanelWeight:
-    """A weight as panels of 32 outputs (csrc/table.h). numbers: outputs, padded inputs, inputs that share a scale,
-    gate, inputs. `description` is what the extension is told of it."""
+    """A weight as panels of 32 outputs. parts are those of csrc/table.h: panels, and where there are any scales, bias,
+    group_scales, group_minimums. numbers: outputs, padded inputs, inputs that share a scale, gate, inputs of a group of
+    4-bit weights, inputs. `description` is what the extension is told of it."""
 
-    def __init__(
-        self, panels: Tensor, scales: Tensor | None, bias: Tensor | None, numbers: tuple[int, int, int, int, int]
-    ) -> None:
-        self.panels = panels
-        self.scales = scales
-        self.bias = bias
+    def __init__(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> None:
+        self.parts = dict(parts)
         self.numbers = numbers
-        self.dtype = panels.dtype
-        self.out_features, padded, group, gate, self.in_features = numbers
+        self.dtype = parts["panels"].dtype
+        self.out_features, padded, input_group, gate, weight_group, self.in_features = numbers
         self.rows = self.out_features * (2 if gate else 1)
-        addresses = (address(scales), address(bias))
-        shape = (self.out_features, padded, group, gate)
-        self.description = (TYPES[self.dtype], panels.data_ptr(), *shape, *addresses)
+        panels, scales, bias, group_scales, group_minimums = (
+            address(parts.get(name)) for name in ("panels", "scales", "bias", "group_scales", "group_minimums")
+        )
+        shape = (self.out_features, padded, input_group, gate)
+        self.description = (
+            *(TYPES[self.dtype], panels, *shape, scales, bias),
+            *(weight_group, group_scales, group_minimums),
+        )
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.panels, self.scales, self.bias) if part is not None)
+        return sum(part.nbytes for part in self.parts.values())
 
 
 class CpuKernels:
@@ -69,27 +73,29 @@ class CpuKernels:
         if values.dtype == torch.bfloat16 and values.shape[1] % 2:
             values = functional.pad(values, (0, 1))
         out, columns = matrix.out_features, values.shape[1]
-        width = PANEL if matrix.activation is None else PANEL // 2
-        count, lane = -(-out // width), 4 // values.itemsize
-        panels = torch.empty(count, -(-columns // lane), PANEL, lane, dtype=values.dtype)
-        scales, bias = (arrange(each, out, count) for each in (matrix.scales, matrix.bias))
-        numbers = (out, columns, matrix.input_group, GATES[matrix.activation], matrix.values.shape[1])
-        weight = PanelWeight(panels, scales, bias, numbers)
+        count = -(-out // (PANEL if matrix.activation is None else PANEL // 2))
+        held = HELD[values.dtype]
+        panels = torch.empty(count, -(-columns // held), PANEL, 4 // values.itemsize, dtype=values.dtype)
+        by_output = {"bias": matrix.bias, "scales": None if matrix.weight_group else matrix.scales}
+        by_group = {"group_scales": matrix.scales, "group_minimums": matrix.minimums} if matrix.weight_group else {}
+        parts = {name: arrange(each.float(), out, count) for name, each in by_output.items() if each is not None}
+        parts |= {name: arrange(each, out, count) for name, each in by_group.items() if each is not None}
+        gate = GATES[matrix.activation]
+        numbers = (out, columns, matrix.input_group, gate, matrix.weight_group, matrix.values.shape[1])
+        weight = PanelWeight(parts | {"panels": panels}, numbers)
         _cpu.pack(values.data_ptr(), weight.description, panels.data_ptr())
         return weight
 
     def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         assert isinstance(weight, PanelWeight)
-        parts = {"panels": weight.panels, "scales": weight.scales, "bias": weight.bias}
-        return {name: part for name, part in parts.items() if part is not None}, weight.numbers
+        return weight.parts, weight.numbers
 
     def reload(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> PackedWeight:
-        out, padded, group, gate, inputs = numbers
-        return PanelWeight(parts["panels"], parts.get("scales"), parts.get("bias"), (out, padded, group, gate, inputs))
+        return PanelWeight(parts, numbers)
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PanelWeight)
-        if x.shape[1] != weight.in_features or weight.dtype not in (x.dtype, torch.int8):
+        if x.shape[1] != weight.in_features or weight.dtype not in (x.dtype, torch.int8, torch.uint8):
             expected = f"a {weight.dtype} product over {weight.in_features} features"
             raise ValueError(f"{expected} cannot take {x.dtype} {list(x.shape)}")
         if weight.dtype == torch.bfloat16 and weight.in_features % 2:
@@ -182,14 +188,12 @@ def describe_cache(keys: Tensor, values: Tensor) -> tuple[int, int, int, int, in
     return keys.data_ptr(), values.data_ptr(), kv_heads, values.shape[3], block_size
 
 
-def arrange(numbers: Tensor | None, out: int, panels: int) -> Tensor | None:
-    """A number for each output [out], or [2 out] with gates first, as panels have them: float32 [32 * panels]."""
-    if numbers is None:
-        return None
-    parts = numbers.float().view(-1, out)
+def arrange(numbers: Tensor, out: int, panels: int) -> Tensor:
+    """Numbers for each output [out, ...], or [2 out, ...] with gates first, as panels have them: [panels, ..., 32]."""
+    parts = numbers.reshape(-1, out, numbers.shape[1:].numel())
     width = PANEL // len(parts)
-    padded = functional.pad(parts, (0, panels * width - out))
-    return padded.view(len(parts), panels, width).transpose(0, 1).contiguous()
+    padded = functional.pad(parts, (0, 0, 0, panels * width - out))
+    return padded.view(len(parts), panels, width, -1).permute(1, 3, 0, 2).contiguous()
 
 
 def address(tensor: Tensor | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,14 +52,14 @@ class ReferenceKernels:
     def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         assert isinstance(weight, PlainWeight)
         matrix = weight.matrix
-        parts = {"values": matrix.values, "scales": matrix.scales, "bias": matrix.bias}
-        kept = {name: part for name, part in parts.items() if part is not None}
-        return kept, (matrix.input_group, ACTIVATIONS.index(matrix.activation))
+        names = ("values", "scales", "minimums", "bias")
+        kept = {name: part for name in names if (part := getattr(matrix, name)) is not None}
+        return kept, (matrix.weight_group, matrix.input_group, ACTIVATIONS.index(matrix.activation))
 
     def reload(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> PackedWeight:
-        group, activation = numbers
-        scales, bias = parts.get("scales"), parts.get("bias")
-        return PlainWeight(Matrix(parts["values"], scales, group, bias, ACTIVATIONS[activation]))
+        weight_group, input_group, activation = numbers
+        matrix = Matrix(parts["values"], parts.get("scales"), parts.get("minimums"), weight_group, input_group)
+        return PlainWeight(replace(matrix, bias=parts.get("bias"), activation=ACTIVATIONS[activation]))
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PlainWeight)
@@ -67,7 +67,7 @@ class ReferenceKernels:
         if matrix.scales is None:
             y = functional.linear(x, matrix.values).float()
         else:
-            y = multiply_integers(x.float(), matrix.values, matrix.input_group) * matrix.scales
+            y = (round_activations(x, matrix.input_group) @ dequantize(matrix).T).float()
         if matrix.bias is not None:
             y = y + matrix.bias
         if matrix.activation is not None:
@@ -147,13 +147,27 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     heads.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
 
 
-def multiply_integers(x: Tensor, values: Tensor, group: int) -> Tensor:
-    """x [T, in] rounded to 8 bits in groups of inputs, times int8 values [out, in]: [T, out] without their scales."""
-    result = torch.zeros(len(x), len(values), device=x.device)
-    for start in range(0, x.shape[1], group):
-        part = x[:, start : start + group]
+def round_activations(x: Tensor, group: int) -> Tensor:
+    """x [T, in] as it is after rounding to 8 bits in groups of inputs, float64.
+
+    Scales and factors are float32's, as in faster kernels: others would take ties to another side.
+    """
+    rounded = []
+    for part in torch.split(x.float(), group, dim=1):
         top = part.abs().amax(-1, keepdim=True)
-        scale, inverse = top / 127, torch.where(top > 0, 127 / top, 0)
-        whole = (part.double() * inverse).round()
-        result += (whole @ values[:, start : start + group].double().T).float() * scale
-    return result
+        # 127 / top would be 127 times its reciprocal in torch, rounded twice.
+        factor = torch.where(top > 0, torch.full_like(top, 127) / top, 0)
+        rounded.append((part.double() * factor).round() * (top / 127))
+    return torch.cat(rounded, dim=1)
+
+
+def dequantize(matrix: Matrix) -> Tensor:
+    """An integer matrix's weights [out, in], float64."""
+    assert matrix.scales is not None
+    values, scales = matrix.values.double(), matrix.scales.double()
+    if not matrix.weight_group:
+        return values * scales[:, None]
+    group, columns = matrix.weight_group, values.shape[1]
+    minimums = -8 * scales if matrix.minimums is None else matrix.minimums.double()
+    wide, least = (each.repeat_interleave(group, dim=1)[:, :columns] for each in (scales, minimums))
+    return values * wide + least

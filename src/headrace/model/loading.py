@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headrace.cache.layout import CacheLayout
 from headrace.core import InputError, ModelError
-from headrace.kernels.base import Activation, HeadSpec, Kernels
+from headrace.kernels.base import Activation, HeadSpec, Kernels, Matrix
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Layer, Model
 from headrace.model.rope import rope_frequencies
@@ -36,6 +36,8 @@ class Weights(Protocol):
     def names(self) -> frozenset[str]: ...
 
     def tensor(self, name: str) -> Tensor: ...
+
+    def blocks(self, name: str) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,29 +151,44 @@ class _Loader:
         activation: Activation | None = None,
     ) -> Linear:
         """Several weights [rows, columns] on top of each other as one product."""
-        known = self.packed.take(names[0])
+        known = self._reload(names[0])
         if known is not None:
-            return Linear(self.kernels, self.kernels.reload(*known), self.format.arithmetic)
+            return known
         sizes = list(zip(names, rows, strict=True))
-        weight = torch.cat([self.read(f"{name}.weight", (each, columns)) for name, each in sizes])
+        matrices = [self._store(f"{name}.weight", (each, columns)) for name, each in sizes]
         added = torch.cat([self.read(f"{name}.bias", (each,)) for name, each in sizes]) if bias else None
-        return self._pack(names[0], weight, added, activation)
+        return self._pack(names[0], matrices, added, activation)
 
     def head(self, embedding: Tensor) -> Linear:
         """The product that gives logits: of the embedding itself where the model ties them."""
-        config = self.config
-        if not config.tied:
-            return self.linear(["lm_head"], [config.vocab_size], config.hidden_size)
-        known = self.packed.take("lm_head")
+        known = self._reload("lm_head")
         if known is not None:
-            return Linear(self.kernels, self.kernels.reload(*known), self.format.arithmetic)
-        return self._pack("lm_head", embedding, None, None)
+            return known
+        config = self.config
+        shape = config.vocab_size, config.hidden_size
+        weight = embedding if config.tied else self.read("lm_head.weight", shape).to(self.device)
+        return self._pack("lm_head", [self.format.head.store(weight)], None, None)
 
-    def _pack(self, name: str, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Linear:
+    def _store(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """A weight in the format: the checkpoint's own blocks if it takes them."""
+        blocks = self.weights.blocks(name) if name in self.names else None
+        if blocks is not None and blocks[0].shape == shape:
+            matrix = self.format.adopt(*blocks)
+            if matrix is not None:
+                self.unread.discard(name)
+                return matrix.to(self.device)
+        return self.format.store(self.read(name, shape).to(self.device))
+
+    def _pack(self, name: str, matrices: list[Matrix], bias: Tensor | None, activation: Activation | None) -> Linear:
         bias = None if bias is None else bias.to(self.device)
-        linear = Linear.store(self.kernels, self.format, weight.to(self.device), bias, activation)
+        linear = Linear.store(self.kernels, matrices, self.format.arithmetic, bias, activation)
         self.packed.keep(name, *self.kernels.unload(linear.weight))
         return linear
+
+    def _reload(self, name: str) -> Linear | None:
+        """A product from the packed file, or None."""
+        known = self.packed.take(name)
+        return None if known is None else Linear(self.kernels, self.kernels.reload(*known), self.format.arithmetic)
 
     def _remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor from the packed file, or made and kept for it."""

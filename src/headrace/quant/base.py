@@ -25,6 +25,28 @@ class Quantization(Protocol):
         """A floating-point weight [out, in] in this format; the argument is left as it is."""
         ...
 
+    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor | None) -> Matrix | None:
+        """4-bit blocks of a checkpoint (`checkpoint.base.Blocks`) as they are, or None where this format is another."""
+        ...
+
+    @property
+    def head(self) -> Quantization:
+        """The format of the product that gives logits, whose errors nothing after it evens out."""
+        ...
+
+
+def join(matrices: list[Matrix]) -> Matrix:
+    """Matrices of one format over the same inputs as one, their outputs on top of each other."""
+    first = matrices[0]
+    scales = [each.scales for each in matrices if each.scales is not None]
+    minimums = [each.minimums for each in matrices if each.minimums is not None]
+    return replace(
+        first,
+        values=torch.cat([each.values for each in matrices]),
+        scales=torch.cat(scales) if scales else None,
+        minimums=torch.cat(minimums) if minimums else None,
+    )
+
 
 class Linear:
     """y = x W^T + b, with a weight that the kernels have laid out for themselves. format is that of the arithmetic."""
@@ -38,15 +60,15 @@ class Linear:
     def store(
         cls,
         kernels: Kernels,
-        format: Quantization,
-        weight: Tensor,
+        matrices: list[Matrix],
+        format: str,
         bias: Tensor | None = None,
         activation: Activation | None = None,
     ) -> Self:
-        """From a floating-point weight [out, in] and a bias [out]."""
+        """From matrices of one format, their outputs on top of each other, and a bias for all of them."""
+        matrix = join(matrices)
         bias = None if bias is None else bias.float()
-        matrix = replace(format.store(weight), bias=bias, activation=activation)
-        return cls(kernels, kernels.pack(matrix), format.arithmetic)
+        return cls(kernels, kernels.pack(replace(matrix, bias=bias, activation=activation)), format)
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, in] to [T, out], of x's dtype if none is given."""

@@ -15,5 +15,12 @@ class FullPrecision:
         self.dtype = dtype
         self.arithmetic = "fp32" if dtype == torch.float32 else "bf16"
 
+    @property
+    def head(self) -> FullPrecision:
+        return self
+
     def store(self, weight: Tensor) -> Matrix:
         return Matrix(weight.to(self.dtype, copy=True))
+
+    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor | None) -> None:
+        return None

@@ -24,6 +24,13 @@ class Int8:
     def __init__(self, input_group: int = INPUT_GROUP) -> None:
         self.input_group = input_group
 
+    @property
+    def head(self) -> Int8:
+        return self
+
+    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor | None) -> None:
+        return None
+
     def store(self, weight: Tensor) -> Matrix:
         wide = weight.float()
         scales = wide.abs().amax(1) / LIMIT

@@ -1,5 +1,6 @@
 // The one step that every product is made of: sum += a row's 32 bits, spread over a vector, times a vector of 32-bit lanes.
-// A lane holds GROUP neighbours along the summed dimension: one float32, two bfloat16 or four 8-bit integers.
+// A lane holds GROUP neighbours along the summed dimension: one float32, two bfloat16 or four 8-bit integers. What lies in
+// memory holds STEPS vectors of such lanes in one: 4-bit integers lie two by two.
 #pragma once
 
 #include "vec.h"
@@ -9,6 +10,7 @@ namespace {
 // Row tiles as high as the registers allow: ROWS x SPAN sums and a few for the operands.
 struct FloatLanes {
     using Sum = vf;
+    static constexpr int STEPS = 1;
     static constexpr int GROUP = 1, ROWS = W == 16 ? 12 : W == 8 ? 3 : 1, SPAN = W == 16 ? 2 : W == 8 ? 4 : 8;
 
     static vf step(vf sum, uint32_t row, vu lanes) {
@@ -20,6 +22,7 @@ struct FloatLanes {
 
 struct Bf16Lanes {
     using Sum = vf;
+    static constexpr int STEPS = 1;
     static constexpr int GROUP = 2, ROWS = W == 16 ? 12 : W == 8 ? 4 : 2, SPAN = 2;
 
     static vf step(vf sum, uint32_t row, vu lanes) {
@@ -36,6 +39,7 @@ struct Bf16Lanes {
 // The row's four are signed, the lanes' four unsigned. The 32-bit sum is exact.
 struct Int8Lanes {
     using Sum = vi;
+    static constexpr int STEPS = 1;
     static constexpr int GROUP = 4, ROWS = W == 16 ? 12 : W == 8 ? 4 : 2, SPAN = 2;
 
     static vi step(vi sum, uint32_t row, vu lanes) {
@@ -52,6 +56,29 @@ struct Int8Lanes {
 #endif
     }
 };
+
+// Unsigned 4-bit weights. A byte holds in its lower half the weight of the first step, in its upper half that of the second.
+struct Int4Lanes {
+    using Sum = vi;
+    static constexpr int GROUP = 4, STEPS = 2, ROWS = Int8Lanes::ROWS, SPAN = Int8Lanes::SPAN;
+
+    static vi step(vi sum, uint32_t row, vu lanes) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        // Two products of at most 15 * 127 fit 16 bits.
+        __m256i pairs = _mm256_maddubs_epi16((__m256i)lanes, _mm256_set1_epi32((int32_t)row));
+        return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+        return Int8Lanes::step(sum, row, lanes);
+#endif
+    }
+};
+
+// The lanes of one of the steps that a vector from memory holds.
+template <class Lanes>
+inline vu unpack(vu stored, int step) {
+    if constexpr (Lanes::STEPS == 1) return stored;
+    return stored >> (4 * step) & 0x0f0f0f0fu;
+}
 
 // Ask for lanes that will be read soon: the processor by itself fetches ahead within a page only.
 inline void prefetch(const uint32_t* lanes, int64_t count) {

@@ -26,7 +26,7 @@ std::vector<const Table*> list_tables() {
         if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&table_avx512_bf16());
         tables.push_back(&table_avx512());
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&table_avx2());
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) tables.push_back(&table_avx2());
 #endif
     tables.push_back(&table_portable());
     return tables;
@@ -66,7 +66,8 @@ Batch batch_of(nb::tuple t) {
 Weight weight_of(nb::tuple t) {
     return {Type(nb::cast<int>(t[0])),    at<void>(nb::cast<uintptr_t>(t[1])),  nb::cast<int64_t>(t[2]),
             nb::cast<int64_t>(t[3]),      nb::cast<int64_t>(t[4]),              Gate(nb::cast<int>(t[5])),
-            at<float>(nb::cast<uintptr_t>(t[6])), at<float>(nb::cast<uintptr_t>(t[7]))};
+            at<float>(nb::cast<uintptr_t>(t[6])), at<float>(nb::cast<uintptr_t>(t[7])), nb::cast<int64_t>(t[8]),
+            at<half>(nb::cast<uintptr_t>(t[9])),  at<half>(nb::cast<uintptr_t>(t[10]))};
 }
 
 Heads heads_of(nb::tuple t) {

@@ -40,7 +40,8 @@ int64_t multiply_registers(int64_t rounds) {
 
 int64_t multiply_registers_of(Type type, int64_t rounds) {
     if (type == Type::float32) return multiply_registers<FloatLanes>(rounds);
-    return type == Type::bfloat16 ? multiply_registers<Bf16Lanes>(rounds) : multiply_registers<Int8Lanes>(rounds);
+    if (type == Type::bfloat16) return multiply_registers<Bf16Lanes>(rounds);
+    return multiply_registers<Int8Lanes>(rounds);
 }
 
 // Read, write, or copy (from the first half to the second) `bytes` bytes, a multiple of 2 MiB, all threads together.

@@ -6,21 +6,32 @@
 
 namespace headrace {
 
-enum class Type : int { float32 = 0, bfloat16 = 1, int8 = 2 };
+enum class Type : int { float32 = 0, bfloat16 = 1, int8 = 2, int4 = 3 };
 
 // What a product's first half of outputs does to the second: nothing, or activation(first) * second.
 enum class Gate : int { none = 0, silu = 1, gelu = 2 };
 
+// 16-bit floats as IEEE 754 has them.
+struct half {
+    uint16_t bits;
+};
+
 // A packed weight: panels of 32 outputs, [panels][in / group][32] lanes of 32 bits, zeros where outputs or inputs end. With
 // a gate, a panel is 16 gates and their 16 values, and `out` counts what comes out. Scales and bias [32 * panels] lie as the
-// panels do; null if there are none. Integer weights are stored with 128 added; their inputs have a scale each `group`.
+// panels do; null if there are none.
+// Integer weights are multiplied with inputs rounded to 8 bits, a scale each input_group. 8-bit ones are stored with 128
+// added. 4-bit ones are 0 to 15; of weight_group neighbours each means number * scale + minimum, half precision, both
+// [panels][in / weight_group][32]; without minimums it is (number - 8) * scale. weight_group divides input_group.
 struct Weight {
     Type type;
     const void* panels;
-    int64_t out, in, group;
+    int64_t out, in, input_group;
     Gate gate;
     const float* scales;
     const float* bias;
+    int64_t weight_group;
+    const half* group_scales;
+    const half* group_minimums;
 };
 
 enum class Sweep : int { read = 0, write = 1, copy = 2 };
@@ -68,7 +79,7 @@ struct Table {
     const char* name;
     // A weight [out, in], or [2 out, in] gates first, of the given type into panels. Ignores weight.panels.
     void (*pack)(const void* from, const Weight& weight, void* into);
-    // y [rows, out] of type `result` = x [rows, in] times the weight; x is float32 or bfloat16, as the weight unless that is int8.
+    // y [rows, out] of type `result` = x [rows, in] times the weight; x is float32 or bfloat16, as the weight unless that is of integers.
     void (*linear)(Type type, const void* x, int64_t rows, const Weight& weight, Type result, void* y);
     void (*rms_norm)(Type type, const void* x, const float* weight, float eps, int64_t rows, int64_t size, void* y);
     // residual += x, then the norm of the new residual into y.

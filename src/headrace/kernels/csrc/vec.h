@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "table.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -26,6 +28,7 @@ typedef uint16_t vh __attribute__((vector_size(W * 2)));
 struct bf16 {
     uint16_t bits;
 };
+using headrace::half;
 
 inline vf splat(float value) { return value - vf{}; }
 
@@ -51,6 +54,21 @@ inline vf load(const bf16* p) {
     vh half;
     std::memcpy(&half, p, sizeof half);
     return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+
+inline vf load(const half* p) {
+    vh bits;
+    std::memcpy(&bits, p, sizeof bits);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps((__m128i)bits);
+#else
+    // The exponent, 5 bits of bias 15, becomes one of 8 bits and bias 127 by a product, which takes small numbers along.
+    vu wide = __builtin_convertvector(bits, vu);
+    vf magnitude = (vf)((wide & 0x7fff) << 13) * 5.192296858534828e33f;
+    return (vf)((vu)magnitude | (wide & 0x8000) << 16);
+#endif
 }
 
 inline vu load(const uint32_t* p) {

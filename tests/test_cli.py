@@ -60,7 +60,10 @@ def test_help_of_commands(command: list[str], capsys: pytest.CaptureFixture[str]
         (["run", "in.jsonl", "--max-token", "3"], "no such flag: --max-token; did you mean --max-tokens?"),
         (["run", "in.jsonl", "--zzzz"], "no such flag: --zzzz; --help lists them"),
         (["run", "in.jsonl", "--max-tokens", "x"], "--max-tokens: must be a whole number, got 'x'"),
-        (["run", "in.jsonl", "--precision", "fp8"], "--precision: must be one of auto, fp32, bf16, int8, int4, got 'fp8'"),
+        (
+            ["run", "in.jsonl", "--precision", "fp8"],
+            "--precision: must be one of auto, fp32, bf16, int8, int4, got 'fp8'",
+        ),
         (["run", "in.jsonl", "--kv-cache-bytes", "4G"], "--kv-cache-bytes: '4G' is not a size"),
         (["run", "in.jsonl", "--kv-cache-bytes"], "option '--kv-cache-bytes' requires an argument"),
         (["run", "in.jsonl", "--config", "none.toml"], "none.toml: cannot read the settings"),

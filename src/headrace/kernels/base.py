@@ -162,6 +162,11 @@ class Kernels(Protocol):
         x is of the weight's dtype, or of any for integer weights. Sums are float32, exact integers within a group."""
         ...
 
+    def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
+        """residual += x in place (both [T, in]; nothing for None), then its rms_norm, by the norm's weight [in], times
+        the packed weight: [T, out] of the residual's dtype, to which the norm is not rounded for integer weights."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [T, H] / sqrt(mean(x^2) + eps) * weight [H] (float32), computed in float32, returned in x's dtype."""
         ...

@@ -37,9 +37,8 @@ class PanelWeight:
             address(parts.get(name)) for name in ("panels", "scales", "bias", "group_scales", "group_minimums")
         )
         shape = (self.out_features, padded, input_group, gate)
-        self.description = (
-            *(TYPES[self.dtype], panels, *shape, scales, bias),
-            *(weight_group, group_scales, group_minimums),
+        self.description = _cpu.Weight(
+            (TYPES[self.dtype], panels, *shape, scales, bias, weight_group, group_scales, group_minimums)
         )
 
     @property
@@ -95,14 +94,25 @@ class CpuKernels:
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PanelWeight)
-        if x.shape[1] != weight.in_features or weight.dtype not in (x.dtype, torch.int8, torch.uint8):
-            expected = f"a {weight.dtype} product over {weight.in_features} features"
-            raise ValueError(f"{expected} cannot take {x.dtype} {list(x.shape)}")
+        check_product(x, weight)
         if weight.dtype == torch.bfloat16 and weight.in_features % 2:
             x = functional.pad(x, (0, 1))
         x = x.contiguous()
         y = torch.empty(len(x), weight.out_features, dtype=dtype or x.dtype)
         _cpu.linear(TYPES[x.dtype], x.data_ptr(), len(x), weight.description, TYPES[y.dtype], y.data_ptr())
+        return y
+
+    def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
+        assert isinstance(weight, PanelWeight)
+        check_product(residual, weight)
+        check_alike(x, residual)
+        if weight.dtype == torch.bfloat16 and weight.in_features % 2:
+            normed = self.rms_norm(residual, norm, eps) if x is None else self.add_rms_norm(x, residual, norm, eps)
+            return self.linear(normed, weight)
+        rows, kind = len(residual), TYPES[residual.dtype]
+        y = torch.empty(rows, weight.out_features, dtype=residual.dtype)
+        added, addresses = address(x), (residual.data_ptr(), norm.data_ptr())
+        _cpu.norm_linear(kind, added, rows, *addresses, eps, weight.description, y.data_ptr())
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -113,8 +123,7 @@ class CpuKernels:
         return y
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.shape != residual.shape or not (x.is_contiguous() and residual.is_contiguous()):
-            raise ValueError(f"x {list(x.shape)} and residual {list(residual.shape)} must be alike and contiguous")
+        check_alike(x, residual)
         y = torch.empty_like(x)
         (rows, size), kind = x.shape, TYPES[x.dtype]
         _cpu.add_rms_norm(kind, x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, rows, size, y.data_ptr())
@@ -168,6 +177,22 @@ class CpuKernels:
         """Go through memory once, reading (0), writing (1) or copying one half to the other (2); bytes that moved."""
         _cpu.sweep(kind, data.data_ptr(), data.nbytes)
         return data.nbytes
+
+
+def check_product(x: Tensor, weight: PanelWeight) -> None:
+    """Raises ValueError for rows that a weight cannot be multiplied with."""
+    if x.shape[1] != weight.in_features or weight.dtype not in (x.dtype, torch.int8, torch.uint8):
+        expected = f"a {weight.dtype} product over {weight.in_features} features"
+        raise ValueError(f"{expected} cannot take {x.dtype} {list(x.shape)}")
+
+
+def check_alike(x: Tensor | None, residual: Tensor) -> None:
+    """Raises ValueError for rows that cannot be added to a residual."""
+    if not residual.is_contiguous() or (
+        x is not None and (x.shape != residual.shape or x.dtype != residual.dtype or not x.is_contiguous())
+    ):
+        shape = None if x is None else list(x.shape)
+        raise ValueError(f"x {shape} and residual {list(residual.shape)} must be alike and contiguous")
 
 
 def describe_rows(x: Tensor) -> tuple[int, int, int, int, int]:

@@ -76,6 +76,13 @@ class ReferenceKernels:
             y = gate * up
         return y.to(dtype or x.dtype)
 
+    def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
+        assert isinstance(weight, PlainWeight)
+        if x is not None:
+            residual += x
+        normed = self.rms_norm(residual.float() if weight.matrix.input_group else residual, norm, eps)
+        return self.linear(normed, weight, residual.dtype)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

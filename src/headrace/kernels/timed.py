@@ -37,6 +37,10 @@ class TimedKernels:
         with self.watch.part(product_part(x.shape[1], weight.out_features)):
             return self.kernels.linear(x, weight, dtype)
 
+    def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
+        with self.watch.part(product_part(residual.shape[1], weight.out_features)):
+            return self.kernels.norm_linear(x, residual, norm, eps, weight)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         with self.watch.part("other kernels"):
             return self.kernels.rms_norm(x, weight, eps)

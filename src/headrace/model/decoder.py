@@ -101,23 +101,21 @@ class Model:
         residual = self.embedding[batch.token_ids]
         if config.embedding_scale != 1.0:
             residual = residual * torch.tensor(config.embedding_scale, dtype=residual.dtype)
-        x = kernels.rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
+        x: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            x = self._attend(index, x, batch, cache, rotations[config.rope_of_layer[index]])
-            last = index + 1 == len(self.layers)
-            if last:
+            fused = layer.query_key_value.of_norm(x, residual, layer.attention_norm, config.norm_eps)
+            x = self._attend(index, fused, batch, cache, rotations[config.rope_of_layer[index]])
+            if layer is self.layers[-1]:
                 # Nothing reads the other rows any more: their keys and values are in the cache.
                 x, residual = x[batch.logit_rows], residual[batch.logit_rows]
             x = layer.output(x)
             if layer.attention_post_norm is not None:
                 x = kernels.rms_norm(x, layer.attention_post_norm, config.norm_eps)
-            x = kernels.add_rms_norm(x, residual, layer.mlp_norm, config.norm_eps)
-            x = layer.down(layer.gate_up(x))
+            x = layer.down(layer.gate_up.of_norm(x, residual, layer.mlp_norm, config.norm_eps))
             if layer.mlp_post_norm is not None:
                 x = kernels.rms_norm(x, layer.mlp_post_norm, config.norm_eps)
-            following = self.final_norm if last else self.layers[index + 1].attention_norm
-            x = kernels.add_rms_norm(x, residual, following, config.norm_eps)
-        return x
+        assert x is not None
+        return kernels.add_rms_norm(x, residual, self.final_norm, config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [R, vocabulary] of hidden states [R, hidden]."""
@@ -126,13 +124,13 @@ class Model:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _attend(
-        self, index: int, x: Tensor, batch: RaggedBatch, cache: PagedCache, rotation: tuple[Tensor, Tensor]
+        self, index: int, fused: Tensor, batch: RaggedBatch, cache: PagedCache, rotation: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Attention of one layer over normed hidden states x [T, hidden], before its output projection: [T, heads * D].
-        Writes the layer's keys and values."""
-        layer, config, spec = self.layers[index], self.config, self.attention[index]
-        fused = layer.query_key_value(x).view(len(x), config.heads + 2 * config.kv_heads, config.head_size)
+        """Attention of one layer over its queries, keys and values, fused [T, (heads + 2 kv heads) * D], before its
+        output projection: [T, heads * D]. Writes the layer's keys and values."""
+        config, spec = self.config, self.attention[index]
+        fused = fused.view(len(fused), config.heads + 2 * config.kv_heads, config.head_size)
         keys, values = cache.layer(index)
-        self.kernels.place_heads(fused, layer.heads, rotation, (keys, values), batch.slots[spec.group])
+        self.kernels.place_heads(fused, self.layers[index].heads, rotation, (keys, values), batch.slots[spec.group])
         attended = self.kernels.attention(fused[:, : config.heads], keys, values, batch, spec)
-        return attended.view(len(x), -1)
+        return attended.view(len(fused), -1)

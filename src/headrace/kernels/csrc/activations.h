@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "lanes.h"
-#include "pool.h"
+#include "norm.h"
 
 namespace {
 
@@ -98,8 +98,31 @@ void quantize_row(const T* x, const Weight& weight, int64_t part, int8_t* into, 
     }
 }
 
-template <class Lanes, class T>
-Operand quantize(const T* x, int64_t rows, const Weight& weight, Quantized& q) {
+// Where rows come from: memory, or the norm of a residual, which never goes there.
+template <class T>
+struct PlainRows {
+    const T* x;
+    int64_t size;
+
+    const T* row(int64_t row) const { return x + row * size; }
+};
+
+template <class T>
+struct NormedRows {
+    const T* x;
+    const Norm& norm;
+    int64_t size;
+
+    const float* row(int64_t row) const {
+        static thread_local std::vector<float> normed;
+        normed.resize(size);
+        norm_residual(x, norm, row, size, normed.data());
+        return normed.data();
+    }
+};
+
+template <class Lanes, class Rows>
+Operand quantize(const Rows& x, int64_t rows, const Weight& weight, Quantized& q) {
     // A stored vector of weights meets `held` values of a row.
     int64_t held = Lanes::GROUP * Lanes::STEPS, part = Lanes::STEPS == 1 ? weight.input_group : weight.weight_group;
     int64_t stride = (weight.in + held - 1) / held * Lanes::STEPS, parts = (weight.in + part - 1) / part;
@@ -111,7 +134,7 @@ Operand quantize(const T* x, int64_t rows, const Weight& weight, Quantized& q) {
         for (int64_t row = task * 16; row < std::min(rows, task * 16 + 16); row++) {
             uint32_t* lanes = q.lanes.data() + row * stride;
             std::fill(lanes + stride - Lanes::STEPS, lanes + stride, 0);
-            quantize_row<PartOf<Lanes>>(x + row * weight.in, weight, part, (int8_t*)lanes, q.scales.data() + row * groups,
+            quantize_row<PartOf<Lanes>>(x.row(row), weight, part, (int8_t*)lanes, q.scales.data() + row * groups,
                                         q.additions.data() + row * parts);
         }
     });

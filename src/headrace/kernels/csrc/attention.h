@@ -44,6 +44,15 @@ template <class T>
 struct Scratch {
     std::vector<T> queries, weights;
     std::vector<float> scores, outputs, top, total;
+
+    void fit(int64_t rows, int64_t span, int64_t head) {
+        queries.resize(rows * head);
+        weights.resize(rows * span);
+        scores.resize(rows * span);
+        outputs.resize(rows * head + W);
+        top.resize(rows);
+        total.resize(rows * W);
+    }
 };
 
 // scores [rows, block_size] of a span's rows = queries [rows, lanes] times keys [lanes, block_size].
@@ -254,19 +263,13 @@ void attention(Rows queries, Cache cache, Batch batch, Attention spec, T* y) {
         for (int64_t h = 0; h < cache.kv_heads; h++)
             for (int64_t t = 0, n = batch.starts[s + 1] - batch.starts[s]; t < n; t += tile)
                 tasks.push_back({s, h, t, std::min(tile, n - t)});
-    std::vector<Scratch<T>> scratch(Pool::get().threads());
-    for (Scratch<T>& s : scratch) {
-        s.queries.resize(rows * cache.head_size);
-        s.weights.resize(rows * span);
-        s.scores.resize(rows * span);
-        s.outputs.resize(rows * cache.head_size + W);
-        s.top.resize(rows);
-        s.total.resize(rows * W);
-    }
     int64_t threads = Pool::get().threads(), count = (int64_t)tasks.size();
-    Pool::get().run(count, [&](int64_t i, int thread) {
+    Pool::get().run(count, [&](int64_t i, int) {
+        // Kept between calls: clearing it would take longer than a short context does.
+        static thread_local Scratch<T> scratch;
+        scratch.fit(rows, span, cache.head_size);
         if (i + threads < count && tasks[i + threads].tokens == 1) prefetch_task<T>(tasks[i + threads], cache, batch, spec);
-        run_task<T>(tasks[i], queries, cache, batch, spec, y, scratch[thread]);
+        run_task<T>(tasks[i], queries, cache, batch, spec, y, scratch);
     });
 }
 

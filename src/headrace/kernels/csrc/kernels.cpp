@@ -1,7 +1,8 @@
 // All kernels for one instruction set: HEADRACE_TABLE names the function that returns their table, HEADRACE_NAME the set.
 #include "attention.h"
-#include "elementwise.h"
+#include "heads.h"
 #include "linear.h"
+#include "norm.h"
 #include "probe.h"
 #include "table.h"
 
@@ -18,11 +19,11 @@ void with_type(Type type, Function function) {
 
 #define TYPED(call) with_type(type, [&](auto* none) { using T = std::remove_pointer_t<decltype(none)>; call; })
 
-void linear_any(Type type, const void* x, int64_t rows, const Weight& weight, Type result, void* y) {
+void linear_any(Type type, const void* x, int64_t rows, const Norm& norm, const Weight& weight, Type result, void* y) {
     if (result == Type::float32)
-        TYPED(linear<T>((const T*)x, rows, weight, (float*)y));
+        TYPED(linear<T>((const T*)x, rows, norm, weight, (float*)y));
     else
-        TYPED(linear<T>((const T*)x, rows, weight, (bf16*)y));
+        TYPED(linear<T>((const T*)x, rows, norm, weight, (bf16*)y));
 }
 
 void rms_norm_any(Type type, const void* x, const float* weight, float eps, int64_t rows, int64_t size, void* y) {

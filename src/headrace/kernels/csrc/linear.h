@@ -146,19 +146,35 @@ void multiply(const Operand& x, int64_t rows, const Weight& weight, T* y) {
     });
 }
 
-// y [rows, out] = x [rows, in] times the packed weight. x is of the weight's type, or of any for integer weights.
-template <class T, class Y>
-void linear(const T* x, int64_t rows, const Weight& weight, Y* y) {
+template <class Lanes, class T, class Y>
+void multiply_integers(const T* x, int64_t rows, const Norm& norm, const Weight& weight, Y* y) {
     static thread_local Quantized quantized;
-    if (weight.type == Type::int8) {
-        multiply<Int8Lanes>(quantize<Int8Lanes>(x, rows, weight, quantized), rows, weight, y);
-    } else if (weight.type == Type::int4) {
-        multiply<Int4Lanes>(quantize<Int4Lanes>(x, rows, weight, quantized), rows, weight, y);
-    } else {
-        using Lanes = typename LanesOf<T>::type;
-        int64_t stride = weight.in / Lanes::GROUP;
-        multiply<Lanes>(Operand{(const uint32_t*)x, stride, stride, 1, 1, nullptr, nullptr, 0}, rows, weight, y);
+    Operand operand = norm.weight ? quantize<Lanes>(NormedRows<T>{x, norm, weight.in}, rows, weight, quantized)
+                                  : quantize<Lanes>(PlainRows<T>{x, weight.in}, rows, weight, quantized);
+    multiply<Lanes>(operand, rows, weight, y);
+}
+
+template <class T, class Y>
+void multiply_floats(const T* x, int64_t rows, const Norm& norm, const Weight& weight, Y* y) {
+    using Lanes = typename LanesOf<T>::type;
+    static thread_local std::vector<T> normed;
+    if (norm.weight) {
+        normed.resize(rows * weight.in);
+        T* into = normed.data();
+        for_rows(rows, weight.in, [&](int64_t row) { norm_residual(x, norm, row, weight.in, into + row * weight.in); });
+        x = into;
     }
+    int64_t stride = weight.in / Lanes::GROUP;
+    multiply<Lanes>(Operand{(const uint32_t*)x, stride, stride, 1, 1, nullptr, nullptr, 0}, rows, weight, y);
+}
+
+// y [rows, out] = x [rows, in], or the norm of what it is added to, times the packed weight. x is of the weight's type, or of
+// any for integer weights.
+template <class T, class Y>
+void linear(const T* x, int64_t rows, const Norm& norm, const Weight& weight, Y* y) {
+    if (weight.type == Type::int8) return multiply_integers<Int8Lanes>(x, rows, norm, weight, y);
+    if (weight.type == Type::int4) return multiply_integers<Int4Lanes>(x, rows, norm, weight, y);
+    multiply_floats(x, rows, norm, weight, y);
 }
 
 }  // namespace

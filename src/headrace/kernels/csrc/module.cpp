@@ -102,15 +102,19 @@ NB_MODULE(_cpu, m) {
         nb::gil_scoped_release release;
         chosen->sweep(Sweep(kind), at<char>(data), bytes);
     });
-    m.def("pack", [](uintptr_t from, nb::tuple weight, uintptr_t into) {
-        Weight w = weight_of(weight);
+    nb::class_<Weight>(m, "Weight").def("__init__", [](Weight* self, nb::tuple parts) { new (self) Weight(weight_of(parts)); });
+    m.def("pack", [](uintptr_t from, const Weight& weight, uintptr_t into) {
         nb::gil_scoped_release release;
-        chosen->pack(at<void>(from), w, at<void>(into));
+        chosen->pack(at<void>(from), weight, at<void>(into));
     });
-    m.def("linear", [](int type, uintptr_t x, int64_t rows, nb::tuple weight, int result, uintptr_t y) {
-        Weight w = weight_of(weight);
+    m.def("linear", [](int type, uintptr_t x, int64_t rows, const Weight& weight, int result, uintptr_t y) {
         nb::gil_scoped_release release;
-        chosen->linear(Type(type), at<void>(x), rows, w, Type(result), at<void>(y));
+        chosen->linear(Type(type), at<void>(x), rows, Norm{}, weight, Type(result), at<void>(y));
+    });
+    m.def("norm_linear", [](int type, uintptr_t x, int64_t rows, uintptr_t residual, uintptr_t norm, float eps, const Weight& weight,
+                            uintptr_t y) {
+        nb::gil_scoped_release release;
+        chosen->linear(Type(type), at<void>(x), rows, Norm{at<void>(residual), at<float>(norm), eps}, weight, Type(type), at<void>(y));
     });
     m.def("rms_norm", [](int type, uintptr_t x, uintptr_t weight, float eps, int64_t rows, int64_t size, uintptr_t y) {
         nb::gil_scoped_release release;

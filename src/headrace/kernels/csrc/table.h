@@ -34,6 +34,14 @@ struct Weight {
     const half* group_minimums;
 };
 
+// What happens to a product's rows x before it: they are added to `residual` [rows, in] unless x is null, and the residual's
+// norm is multiplied instead. Without a weight nothing happens.
+struct Norm {
+    void* residual;
+    const float* weight;
+    float eps;
+};
+
 enum class Sweep : int { read = 0, write = 1, copy = 2 };
 
 // Rows of `size` elements: row (i, j) of outer x inner begins at data + i * outer_stride + j * size. Strides in elements.
@@ -80,7 +88,7 @@ struct Table {
     // A weight [out, in], or [2 out, in] gates first, of the given type into panels. Ignores weight.panels.
     void (*pack)(const void* from, const Weight& weight, void* into);
     // y [rows, out] of type `result` = x [rows, in] times the weight; x is float32 or bfloat16, as the weight unless that is of integers.
-    void (*linear)(Type type, const void* x, int64_t rows, const Weight& weight, Type result, void* y);
+    void (*linear)(Type type, const void* x, int64_t rows, const Norm& norm, const Weight& weight, Type result, void* y);
     void (*rms_norm)(Type type, const void* x, const float* weight, float eps, int64_t rows, int64_t size, void* y);
     // residual += x, then the norm of the new residual into y.
     void (*add_rms_norm)(Type type, const void* x, void* residual, const float* weight, float eps, int64_t rows, int64_t size, void* y);

@@ -1,54 +1,14 @@
-// Norms, rotary embedding and cache writes: row by row, float32 arithmetic, any order of rows.
+// What happens to queries, keys and values between their product and attention: norms, rotary embedding, cache writes.
+// Float32 arithmetic, any order of rows.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-
 #include "lanes.h"
-#include "pool.h"
+#include "norm.h"
 #include "table.h"
 
 namespace {
 
 using namespace headrace;
-
-// Elements a task: fewer would not pay for waking another thread.
-constexpr int64_t ELEMENTS_PER_TASK = 8192;
-
-// Call function(row) for every row, a few thousand elements a task.
-template <class Function>
-void for_rows(int64_t rows, int64_t size, Function function) {
-    int64_t together = std::max<int64_t>(1, ELEMENTS_PER_TASK / size);
-    Pool::get().run((rows + together - 1) / together, [&](int64_t task, int) {
-        for (int64_t row = task * together; row < std::min(rows, (task + 1) * together); row++) function(row);
-    });
-}
-
-template <class T>
-void norm_row(const T* x, const float* weight, float eps, T* y, int64_t size) {
-    vf squares = {};
-    for (int64_t i = 0; i < size; i += W) {
-        vf v = load(x + i, size - i);
-        squares = multiply_add(v, v, squares);
-    }
-    vf factor = splat(1.0f / std::sqrt(sum(squares) / size + eps));
-    for (int64_t i = 0; i < size; i += W) store(y + i, load(x + i, size - i) * factor * load(weight + i, size - i), size - i);
-}
-
-template <class T>
-void rms_norm(const T* x, const float* weight, float eps, int64_t rows, int64_t size, T* y) {
-    for_rows(rows, size, [&](int64_t row) { norm_row(x + row * size, weight, eps, y + row * size, size); });
-}
-
-template <class T>
-void add_rms_norm(const T* x, T* residual, const float* weight, float eps, int64_t rows, int64_t size, T* y) {
-    for_rows(rows, size, [&](int64_t row) {
-        const T* from = x + row * size;
-        T* into = residual + row * size;
-        for (int64_t i = 0; i < size; i += W) store(into + i, load(into + i, size - i) + load(from + i, size - i), size - i);
-        norm_row(into, weight, eps, y + row * size, size);
-    });
-}
 
 template <class T>
 void rotate(T* head, const float* cos, const float* sin, int64_t half) {

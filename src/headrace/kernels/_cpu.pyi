@@ -4,6 +4,7 @@ Shape = tuple[int, ...]
 
 class Weight:
     def __init__(self, parts: Shape) -> None: ...
+    def expect_next(self, data: int, bytes: int) -> None: ...
 
 Heads = tuple[int, int, int, int, int, float, int, int]
 

@@ -6,7 +6,7 @@ All of them work on one batch form: ragged tokens of several sequences laid end 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -147,6 +147,10 @@ class Kernels(Protocol):
 
     def pack(self, matrix: Matrix) -> PackedWeight:
         """Lay a matrix out for `linear`. Copies; the argument may be freed."""
+        ...
+
+    def expect(self, weights: Sequence[PackedWeight]) -> None:
+        """These weights are multiplied over and over in this order: the memory of the next may be fetched meanwhile."""
         ...
 
     def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:

@@ -6,7 +6,7 @@ This module checks shapes and hands addresses over; csrc/ holds the arithmetic a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from headrace.kernels.base import AttentionSpec, HeadSpec, Matrix, PackedWeight,
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 PANEL = 32
+# Of the next weight so much is fetched while nothing else is done: what a core's own cache holds.
+EXPECTED_BYTES = 2**20
 # Elements of a weight in a lane of 32 bits, by dtype.
 HELD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}
 
@@ -85,6 +87,12 @@ class CpuKernels:
         _cpu.pack(values.data_ptr(), weight.description, panels.data_ptr())
         return weight
 
+    def expect(self, weights: Sequence[PackedWeight]) -> None:
+        for weight, following in zip(weights, [*weights[1:], weights[0]], strict=True):
+            assert isinstance(weight, PanelWeight) and isinstance(following, PanelWeight)
+            panels = following.parts["panels"]
+            weight.description.expect_next(panels.data_ptr(), min(panels.nbytes, EXPECTED_BYTES))
+
     def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         assert isinstance(weight, PanelWeight)
         return weight.parts, weight.numbers
@@ -98,8 +106,8 @@ class CpuKernels:
         if weight.dtype == torch.bfloat16 and weight.in_features % 2:
             x = functional.pad(x, (0, 1))
         x = x.contiguous()
-        y = torch.empty(len(x), weight.out_features, dtype=dtype or x.dtype)
-        _cpu.linear(TYPES[x.dtype], x.data_ptr(), len(x), weight.description, TYPES[y.dtype], y.data_ptr())
+        y = torch.empty(x.shape[0], weight.out_features, dtype=dtype or x.dtype)
+        _cpu.linear(TYPES[x.dtype], x.data_ptr(), x.shape[0], weight.description, TYPES[y.dtype], y.data_ptr())
         return y
 
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
@@ -109,7 +117,7 @@ class CpuKernels:
         if weight.dtype == torch.bfloat16 and weight.in_features % 2:
             normed = self.rms_norm(residual, norm, eps) if x is None else self.add_rms_norm(x, residual, norm, eps)
             return self.linear(normed, weight)
-        rows, kind = len(residual), TYPES[residual.dtype]
+        rows, kind = residual.shape[0], TYPES[residual.dtype]
         y = torch.empty(rows, weight.out_features, dtype=residual.dtype)
         added, addresses = address(x), (residual.data_ptr(), norm.data_ptr())
         _cpu.norm_linear(kind, added, rows, *addresses, eps, weight.description, y.data_ptr())
@@ -158,7 +166,7 @@ class CpuKernels:
         y = torch.empty(queries.shape, dtype=queries.dtype)
         table = batch.block_tables[spec.group]
         ragged = (
-            len(batch.context_lengths),
+            batch.context_lengths.shape[0],
             batch.query_starts.data_ptr(),
             batch.positions.data_ptr(),
             table.data_ptr(),

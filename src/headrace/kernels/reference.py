@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +48,9 @@ class ReferenceKernels:
 
     def pack(self, matrix: Matrix) -> PackedWeight:
         return PlainWeight(matrix)
+
+    def expect(self, weights: Sequence[PackedWeight]) -> None:
+        pass
 
     def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         assert isinstance(weight, PlainWeight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class TimedKernels:
 
     def pack(self, matrix: Matrix) -> PackedWeight:
         return self.kernels.pack(matrix)
+
+    def expect(self, weights: Sequence[PackedWeight]) -> None:
+        self.kernels.expect(weights)
 
     def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         return self.kernels.unload(weight)

@@ -68,6 +68,9 @@ class Model:
             for layer, window in enumerate(config.windows)
         ]
 
+        products = [part for each in layers for part in (each.query_key_value, each.output, each.gate_up, each.down)]
+        kernels.expect([product.weight for product in (*products, head)])
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
@@ -129,8 +132,8 @@ class Model:
         """Attention of one layer over its queries, keys and values, fused [T, (heads + 2 kv heads) * D], before its
         output projection: [T, heads * D]. Writes the layer's keys and values."""
         config, spec = self.config, self.attention[index]
-        fused = fused.view(len(fused), config.heads + 2 * config.kv_heads, config.head_size)
+        fused = fused.view(-1, config.heads + 2 * config.kv_heads, config.head_size)
         keys, values = cache.layer(index)
         self.kernels.place_heads(fused, self.layers[index].heads, rotation, (keys, values), batch.slots[spec.group])
         attended = self.kernels.attention(fused[:, : config.heads], keys, values, batch, spec)
-        return attended.view(len(fused), -1)
+        return attended.flatten(1)

@@ -21,15 +21,17 @@ constexpr int TILES_PER_TASK = 8;
 template <class Lanes, int ROWS, int SPAN>
 inline void accumulate(const uint32_t* x, int64_t stride, const uint32_t* panel, const uint32_t* ahead, int64_t from, int64_t to,
                        typename Lanes::Sum (&sums)[ROWS][SPAN]) {
-    constexpr int STEPS = Lanes::STEPS;
+    // A tile that is not full is alone with its panel, and fetches all of the next one.
+    constexpr int STEPS = Lanes::STEPS, LINES = ROWS < Lanes::ROWS ? 2 : 1;
     // Three rows share a pointer: [p], [p + stride], [p + 2 stride] are addresses of one instruction, and the processor
     // has not registers enough for a pointer each.
     const uint32_t* rows[(ROWS + 2) / 3];
     for (int i = 0; i < (ROWS + 2) / 3; i++) rows[i] = x + 3 * i * stride + from * STEPS;
     panel += from * PANEL;
-    ahead += from * 16;
+    ahead += from * LINES * 16;
     for (int64_t k = from; k < to; k++) {
-        __builtin_prefetch(ahead, 0, 2);
+#pragma GCC unroll 2
+        for (int line = 0; line < LINES; line++) __builtin_prefetch(ahead + line * 16, 0, 2);
         vu stored[SPAN], w[SPAN];
 #pragma GCC unroll 8
         for (int v = 0; v < SPAN; v++) stored[v] = load(panel + v * W);
@@ -45,7 +47,7 @@ inline void accumulate(const uint32_t* x, int64_t stride, const uint32_t* panel,
 #pragma GCC unroll 4
         for (int i = 0; i < (ROWS + 2) / 3; i++) rows[i] += STEPS;
         panel += PANEL;
-        ahead += 16;
+        ahead += LINES * 16;
     }
 }
 
@@ -172,6 +174,7 @@ void multiply_floats(const T* x, int64_t rows, const Norm& norm, const Weight& w
 // any for integer weights.
 template <class T, class Y>
 void linear(const T* x, int64_t rows, const Norm& norm, const Weight& weight, Y* y) {
+    Pool::get().expect(weight.next, weight.next_bytes);
     if (weight.type == Type::int8) return multiply_integers<Int8Lanes>(x, rows, norm, weight, y);
     if (weight.type == Type::int4) return multiply_integers<Int4Lanes>(x, rows, norm, weight, y);
     multiply_floats(x, rows, norm, weight, y);

@@ -102,7 +102,8 @@ NB_MODULE(_cpu, m) {
         nb::gil_scoped_release release;
         chosen->sweep(Sweep(kind), at<char>(data), bytes);
     });
-    nb::class_<Weight>(m, "Weight").def("__init__", [](Weight* self, nb::tuple parts) { new (self) Weight(weight_of(parts)); });
+    nb::class_<Weight>(m, "Weight").def("__init__", [](Weight* self, nb::tuple parts) { new (self) Weight(weight_of(parts)); })
+        .def("expect_next", [](Weight& self, uintptr_t next, int64_t bytes) { self.next = at<void>(next); self.next_bytes = bytes; });
     m.def("pack", [](uintptr_t from, const Weight& weight, uintptr_t into) {
         nb::gil_scoped_release release;
         chosen->pack(at<void>(from), weight, at<void>(into));

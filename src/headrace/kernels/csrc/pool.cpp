@@ -8,6 +8,8 @@ namespace {
 
 // About a tenth of a millisecond: longer than what Python does between two kernels, shorter than between two steps.
 constexpr int SPINS = 4000;
+// Bytes that a worker asks for before it looks again whether there is work.
+constexpr int64_t FETCHED = 1024;
 constexpr uint64_t CLOSED = 0xffffffff;
 
 void pause() {
@@ -74,6 +76,21 @@ void Pool::take_tasks(uint32_t epoch, int thread) {
     }
 }
 
+void Pool::expect(const void* data, int64_t bytes) {
+    expected_.store((const char*)data + bytes, std::memory_order_relaxed);
+    expected_end_.store((const char*)data + bytes, std::memory_order_relaxed);
+    expected_.store((const char*)data, std::memory_order_relaxed);
+}
+
+void Pool::fetch_expected(uint32_t epoch) {
+    while (epoch_.load(std::memory_order_relaxed) == epoch) {
+        if (expected_.load(std::memory_order_relaxed) >= expected_end_.load(std::memory_order_relaxed)) return;
+        const char* at = expected_.fetch_add(FETCHED, std::memory_order_relaxed);
+        // Asking for what is not there any more does no harm.
+        for (int64_t i = 0; i < FETCHED; i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
+}
+
 void Pool::work(int thread, uint32_t seen, const Flag& leave) {
     while (true) {
         for (int spin = 0; spin < SPINS && epoch_.load(std::memory_order_acquire) == seen; spin++) pause();
@@ -82,6 +99,7 @@ void Pool::work(int thread, uint32_t seen, const Flag& leave) {
         if (leave->load()) return;
         seen = epoch_.load(std::memory_order_acquire);
         take_tasks(seen, thread);
+        fetch_expected(seen);
     }
 }
 

@@ -28,12 +28,16 @@ class Pool {
         run_any(count, [](const void* f, int64_t index, int thread) { (*(const Function*)f)(index, thread); }, &function);
     }
 
+    // Memory that will probably be read next: workers fetch it into the caches while they have nothing to do.
+    void expect(const void* data, int64_t bytes);
+
    private:
     using Call = void (*)(const void*, int64_t, int);
     using Flag = std::shared_ptr<std::atomic<bool>>;
 
     void run_any(int64_t count, Call call, const void* function);
     void take_tasks(uint32_t epoch, int thread);
+    void fetch_expected(uint32_t epoch);
     void work(int thread, uint32_t seen, const Flag& leave);
 
     int threads_ = 1;
@@ -47,6 +51,8 @@ class Pool {
     alignas(64) std::atomic<uint64_t> cursor_{0};
     alignas(64) std::atomic<uint32_t> done_{0};
     alignas(64) std::atomic<uint32_t> epoch_{0};
+    alignas(64) std::atomic<const char*> expected_{nullptr};
+    std::atomic<const char*> expected_end_{nullptr};
 };
 
 }  // namespace headrace

@@ -32,6 +32,9 @@ struct Weight {
     int64_t weight_group;
     const half* group_scales;
     const half* group_minimums;
+    // Where the weight lies that is probably multiplied next.
+    const void* next = nullptr;
+    int64_t next_bytes = 0;
 };
 
 // What happens to a product's rows x before it: they are added to `residual` [rows, in] unless x is null, and the residual's

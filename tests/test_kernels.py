@@ -90,13 +90,26 @@ def test_activations_far_from_zero_stay_finite() -> None:
         assert_close(FAST.linear(extreme, FAST.pack(matrix)), PLAIN.linear(extreme, PLAIN.pack(matrix)))
 
 
-def test_4_bit_weights_without_minimums_are_around_eight() -> None:
-    matrix = Int4(32, 64).store(torch.randn(40, 100))
-    assert matrix.scales is not None
-    around, x = replace(matrix, minimums=None), torch.randn(30, 100)
-    found = FAST.linear(x, FAST.pack(around))
-    assert_close(found, PLAIN.linear(x, PLAIN.pack(around)))
-    assert_close(found, FAST.linear(x, FAST.pack(replace(matrix, minimums=matrix.scales * -8))))
+def test_inputs_are_scaled_before_they_are_rounded() -> None:
+    x, scales = torch.randn(30, 100), torch.rand(100) + 0.5
+    for matrix in (Int8(20).store(torch.randn(40, 100)), Int4(32, 64).store(torch.randn(40, 100))):
+        scaled = replace(matrix, input_scales=scales)
+        found = FAST.linear(x, FAST.pack(scaled))
+        assert_close(found, FAST.linear(x * scales, FAST.pack(matrix)))
+        torch.testing.assert_close(found, PLAIN.linear(x, PLAIN.pack(scaled)), atol=0.2, rtol=0.01)
+
+
+def test_a_norm_within_a_product_is_that_norm() -> None:
+    norm, x = torch.randn(100), torch.randn(30, 100)
+    for format in FORMATS:
+        weight = format.store(torch.randn(40, 100) / 10)
+        rows = x.to(format.dtype)
+        for added in (rows, None):
+            mine, theirs = rows.clone(), rows.clone()
+            found = FAST.norm_linear(added, mine, norm, 1e-5, FAST.pack(weight))
+            expected = PLAIN.norm_linear(added, theirs, norm, 1e-5, PLAIN.pack(weight))
+            assert torch.equal(mine, theirs)
+            torch.testing.assert_close(found, expected, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("group", [32, 64])

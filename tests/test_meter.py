@@ -71,9 +71,12 @@ class Recorder(CpuKernels):
         self.products = self.attended = 0
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-        gated = weight.description[5] != 0  # type: ignore[attr-defined]
-        self.products += 2 * x.shape[0] * x.shape[1] * weight.out_features * (2 if gated else 1)
+        self.products += 2 * x.shape[0] * x.shape[1] * weight.rows
         return super().linear(x, weight, dtype)
+
+    def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
+        self.products += 2 * residual.shape[0] * residual.shape[1] * weight.rows
+        return super().norm_linear(x, residual, norm, eps, weight)
 
     def attention(
         self, queries: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch, spec: AttentionSpec
@@ -83,7 +86,7 @@ class Recorder(CpuKernels):
         return super().attention(queries, keys, values, batch, spec)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_operations_are_those_that_the_kernels_did(tiny_model: Path, precision: Any) -> None:
     with LLM(str(tiny_model), precision=precision, kv_cache_bytes=1 << 22, step_tokens=24, threads=1) as llm:
         timed = llm.engine.model.kernels

@@ -16,12 +16,12 @@ def name_model(path: Path) -> str:
 
 
 class Blocks(NamedTuple):
-    """A matrix as 4-bit blocks, in Hugging Face's row order. values uint8 [out, in] from 0 to 15; scales and minimums
-    float16 [out, blocks], as stored: a weight is value * scale + minimum, without minimums (value - 8) * scale."""
+    """A matrix as 4-bit blocks, in Hugging Face's row order: a weight is value * scale + minimum. values uint8
+    [out, in] from 0 to 15; scales and minimums float16 [out, blocks]."""
 
     values: Tensor
     scales: Tensor
-    minimums: Tensor | None
+    minimums: Tensor
 
 
 class Checkpoint(Protocol):

@@ -37,7 +37,7 @@ def split_blocks(data: Bytes, entry: TensorEntry) -> Blocks | None:
     """The blocks of a matrix in Q4_0 or Q4_1; None for other types.
 
     A block is of 32 inputs: its scale, in Q4_1 its minimum, both float16, then 16 bytes that hold input i in the lower
-    and input 16 + i in the upper half.
+    and input 16 + i in the upper half. In Q4_0 a weight is (value - 8) * scale: the minimum is exactly -8 * scale.
     """
     if entry.type not in (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1) or len(entry.shape) != 2:
         return None
@@ -47,4 +47,5 @@ def split_blocks(data: Bytes, entry: TensorEntry) -> Blocks | None:
     packed = blocks[..., -size // 2 :]
     values = torch.cat([packed & 15, packed >> 4], dim=-1).view(rows, columns)
     numbers = blocks[..., : -size // 2].contiguous().view(torch.float16)
-    return Blocks(values, numbers[..., 0], numbers[..., 1] if numbers.shape[-1] == 2 else None)
+    scales = numbers[..., 0]
+    return Blocks(values, scales, numbers[..., 1] if numbers.shape[-1] == 2 else scales * -8)

@@ -79,7 +79,7 @@ class GgufCheckpoint:
         blocks = split_blocks(self._data[entry.start : entry.start + entry.nbytes], entry)
         if blocks is None:
             return None
-        return Blocks(*(None if part is None else self._order_rows(stored, part) for part in blocks))  # type: ignore[arg-type]
+        return Blocks(*(self._order_rows(stored, part) for part in blocks))
 
     def _order_rows(self, stored: str, tensor: torch.Tensor) -> torch.Tensor:
         """Rows of a stored tensor in Hugging Face's order."""

@@ -19,7 +19,7 @@ import typer
 from headrace import __version__
 from headrace.cli.config import resolve
 from headrace.cli.grouped import GroupedCommand
-from headrace.cli.measuring import bench, judge, report
+from headrace.cli.measuring import bench, judge, quantize, report
 from headrace.cli.settings import Setting, all_settings
 from headrace.core import InputError
 
@@ -114,6 +114,7 @@ def add_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 app.command(cls=GroupedCommand)(add_settings(run))
 app.command(cls=GroupedCommand)(report)
+app.command(cls=GroupedCommand)(quantize)
 app.add_typer(bench, name="bench")
 app.add_typer(judge, name="eval")
 

@@ -70,6 +70,7 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     resolved = asdict(options) | {
         "precision": precision,
         "precision_reason": why,
+        "weights": model.note,
         "instruction_set": kernels.instruction_set,
         "kernels": kernels.name,
         "threads": threads,

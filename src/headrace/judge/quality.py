@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headrace.core import InputError
 from headrace.engine.forward import compute_hidden
-from headrace.llm import LLM
+from headrace.model import Model
 
 # Tokens whose logits are held at once.
 LOGIT_ROWS = 128
@@ -53,27 +53,27 @@ def cut_windows(tokens: list[int], window: int, most: int) -> list[list[int]]:
     return windows
 
 
-def measure_perplexity(llm: LLM, windows: list[list[int]], tell: Tell) -> Perplexity:
+def measure_perplexity(model: Model, windows: list[list[int]], tell: Tell) -> Perplexity:
     """Perplexity of windows; tell hears how many of how many are done."""
     total, count = 0.0, 0
     for group, tokens in take_groups(windows, tell):
-        hidden = compute_hidden(llm.engine.model, group)
+        hidden = compute_hidden(model, group)
         for rows, targets in slice_rows(group, tokens):
-            logprobs = llm.engine.model.logits(hidden[rows]).log_softmax(-1)
+            logprobs = model.logits(hidden[rows]).log_softmax(-1)
             total -= float(logprobs.gather(1, targets[:, None]).double().sum())
             count += len(rows)
     return Perplexity(math.exp(total / count), count)
 
 
-def measure_agreement(one: LLM, other: LLM, windows: list[list[int]], tell: Tell) -> Agreement:
+def measure_agreement(one: Model, other: Model, windows: list[list[int]], tell: Tell) -> Agreement:
     """How near `other` comes to `one`. Both must have the same vocabulary."""
     same = kl = total = other_total = 0.0
     count = 0
     for group, tokens in take_groups(windows, tell):
-        hidden, other_hidden = (compute_hidden(llm.engine.model, group) for llm in (one, other))
+        hidden, other_hidden = (compute_hidden(model, group) for model in (one, other))
         for rows, targets in slice_rows(group, tokens):
-            first = one.engine.model.logits(hidden[rows]).log_softmax(-1)
-            second = other.engine.model.logits(other_hidden[rows]).log_softmax(-1)
+            first = one.logits(hidden[rows]).log_softmax(-1)
+            second = other.logits(other_hidden[rows]).log_softmax(-1)
             same += int((first.argmax(-1) == second.argmax(-1)).sum())
             kl += float((first.exp() * (first - second)).sum())
             total -= float(first.gather(1, targets[:, None]).double().sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -65,10 +65,11 @@ class Matrix:
     values        [out, in] float32, bfloat16, int8 from -127 to 127, or uint8 from 0 to 15 for 4-bit weights
     scales        int8: float32 [out], a weight is its value times its row's scale
                   uint8: float16 [out, groups of weight_group inputs], the last one may be shorter
-    minimums      uint8: float16 like scales, a weight is value * scale + minimum; without them (value - 8) * scale
+    minimums      uint8: float16 like scales, a weight is value * scale + minimum
     weight_group  uint8: a multiple of 16 that divides input_group
     input_group   integers only: so many neighbouring inputs of a token share one scale, the largest magnitude over 127,
                   when they are rounded to 8 bits; a multiple of 4
+    input_scales  integers only: float32 [in] that inputs are multiplied by before they are rounded, or None
     bias          float32 [out] or None
     activation    None, or the first half of the outputs are gates and a product gives activation(gate) * second half
     """
@@ -78,6 +79,7 @@ class Matrix:
     minimums: Tensor | None = None
     weight_group: int = 0
     input_group: int = 0
+    input_scales: Tensor | None = None
     bias: Tensor | None = None
     activation: Activation | None = None
 
@@ -88,13 +90,17 @@ class Matrix:
 
     def to(self, device: str) -> Matrix:
         """The same on another device."""
-        tensors = {name: getattr(self, name) for name in ("values", "scales", "minimums", "bias")}
-        return replace(self, **{name: part.to(device) for name, part in tensors.items() if part is not None})
+        moved: dict[str, Any] = {name: part.to(device) for name, part in self.tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that are there, by name."""
+        names = ("values", "scales", "minimums", "input_scales", "bias")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     @property
     def nbytes(self) -> int:
-        parts = (self.values, self.scales, self.minimums, self.bias)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in self.tensors().values())
 
 
 @dataclass(frozen=True, slots=True)

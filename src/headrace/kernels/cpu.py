@@ -18,6 +18,7 @@ from headrace.kernels.base import AttentionSpec, HeadSpec, Matrix, PackedWeight,
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 PANEL = 32
+PARTS = ("panels", "scales", "bias", "group_scales", "group_minimums", "input_scales")
 # Of the next weight so much is fetched while nothing else is done: what a core's own cache holds.
 EXPECTED_BYTES = 2**20
 # Elements of a weight in a lane of 32 bits, by dtype.
@@ -25,9 +26,9 @@ HELD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}
 
 
 class PanelWeight:
-    """A weight as panels of 32 outputs. parts are those of csrc/table.h: panels, and where there are any scales, bias,
-    group_scales, group_minimums. numbers: outputs, padded inputs, inputs that share a scale, gate, inputs of a group of
-    4-bit weights, inputs. `description` is what the extension is told of it."""
+    """A weight as panels of 32 outputs. parts are those of PARTS that there are, panels at least (csrc/table.h).
+    numbers: outputs, padded inputs, inputs that share a scale, gate, inputs of a group of 4-bit weights, inputs.
+    `description` is what the extension is told of it."""
 
     def __init__(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> None:
         self.parts = dict(parts)
@@ -35,13 +36,9 @@ class PanelWeight:
         self.dtype = parts["panels"].dtype
         self.out_features, padded, input_group, gate, weight_group, self.in_features = numbers
         self.rows = self.out_features * (2 if gate else 1)
-        panels, scales, bias, group_scales, group_minimums = (
-            address(parts.get(name)) for name in ("panels", "scales", "bias", "group_scales", "group_minimums")
-        )
+        panels, scales, bias, *rest = (address(parts.get(name)) for name in PARTS)
         shape = (self.out_features, padded, input_group, gate)
-        self.description = _cpu.Weight(
-            (TYPES[self.dtype], panels, *shape, scales, bias, weight_group, group_scales, group_minimums)
-        )
+        self.description = _cpu.Weight((TYPES[self.dtype], panels, *shape, scales, bias, weight_group, *rest))
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +78,8 @@ class CpuKernels:
         by_group = {"group_scales": matrix.scales, "group_minimums": matrix.minimums} if matrix.weight_group else {}
         parts = {name: arrange(each.float(), out, count) for name, each in by_output.items() if each is not None}
         parts |= {name: arrange(each, out, count) for name, each in by_group.items() if each is not None}
+        if matrix.input_scales is not None:
+            parts["input_scales"] = matrix.input_scales.float().contiguous()
         gate = GATES[matrix.activation]
         numbers = (out, columns, matrix.input_group, gate, matrix.weight_group, matrix.values.shape[1])
         weight = PanelWeight(parts | {"panels": panels}, numbers)

@@ -55,14 +55,13 @@ class ReferenceKernels:
     def unload(self, weight: PackedWeight) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         assert isinstance(weight, PlainWeight)
         matrix = weight.matrix
-        names = ("values", "scales", "minimums", "bias")
-        kept = {name: part for name in names if (part := getattr(matrix, name)) is not None}
-        return kept, (matrix.weight_group, matrix.input_group, ACTIVATIONS.index(matrix.activation))
+        return matrix.tensors(), (matrix.weight_group, matrix.input_group, ACTIVATIONS.index(matrix.activation))
 
     def reload(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> PackedWeight:
         weight_group, input_group, activation = numbers
         matrix = Matrix(parts["values"], parts.get("scales"), parts.get("minimums"), weight_group, input_group)
-        return PlainWeight(replace(matrix, bias=parts.get("bias"), activation=ACTIVATIONS[activation]))
+        rest = {"input_scales": parts.get("input_scales"), "bias": parts.get("bias")}
+        return PlainWeight(replace(matrix, activation=ACTIVATIONS[activation], **rest))  # type: ignore[arg-type]
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PlainWeight)
@@ -70,7 +69,8 @@ class ReferenceKernels:
         if matrix.scales is None:
             y = functional.linear(x, matrix.values).float()
         else:
-            y = (round_activations(x, matrix.input_group) @ dequantize(matrix).T).float()
+            scaled = x if matrix.input_scales is None else x.float() * matrix.input_scales
+            y = (round_activations(scaled, matrix.input_group) @ dequantize(matrix).T).float()
         if matrix.bias is not None:
             y = y + matrix.bias
         if matrix.activation is not None:
@@ -172,12 +172,11 @@ def round_activations(x: Tensor, group: int) -> Tensor:
 
 
 def dequantize(matrix: Matrix) -> Tensor:
-    """An integer matrix's weights [out, in], float64."""
+    """An integer matrix's weights [out, in], float64, as they meet inputs that have been scaled."""
     assert matrix.scales is not None
     values, scales = matrix.values.double(), matrix.scales.double()
-    if not matrix.weight_group:
+    if matrix.minimums is None:
         return values * scales[:, None]
     group, columns = matrix.weight_group, values.shape[1]
-    minimums = -8 * scales if matrix.minimums is None else matrix.minimums.double()
-    wide, least = (each.repeat_interleave(group, dim=1)[:, :columns] for each in (scales, minimums))
+    wide, least = (each.repeat_interleave(group, dim=1)[:, :columns] for each in (scales, matrix.minimums.double()))
     return values * wide + least

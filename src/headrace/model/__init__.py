@@ -2,6 +2,6 @@
 
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Model
-from headrace.model.loading import ModelSettings, load_model
+from headrace.model.loading import ModelSettings, Rounding, load_model
 
-__all__ = ["Model", "ModelConfig", "ModelSettings", "load_model"]
+__all__ = ["Model", "ModelConfig", "ModelSettings", "Rounding", "load_model"]

@@ -61,6 +61,8 @@ class Model:
         self.layers = layers
         self.final_norm = final_norm
         self.head = head
+        # How its weights were made few bits wide, in words, where that was not the usual way.
+        self.note = ""
         device = str(embedding.device)
         self.ropes = [RotaryTable(each, config.head_size, config.context_length, device) for each in config.ropes]
         self.attention = [
@@ -68,8 +70,15 @@ class Model:
             for layer, window in enumerate(config.windows)
         ]
 
-        products = [part for each in layers for part in (each.query_key_value, each.output, each.gate_up, each.down)]
-        kernels.expect([product.weight for product in (*products, head)])
+        kernels.expect([product.weight for product in self.products])
+
+    @property
+    def products(self) -> list[Linear]:
+        """Every matrix product, in the order in which a step computes them."""
+        layers = self.layers
+        return [part for each in layers for part in (each.query_key_value, each.output, each.gate_up, each.down)] + [
+            self.head
+        ]
 
     @property
     def nbytes(self) -> int:

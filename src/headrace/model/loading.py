@@ -37,19 +37,29 @@ class Weights(Protocol):
 
     def tensor(self, name: str) -> Tensor: ...
 
-    def blocks(self, name: str) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+    def blocks(self, name: str) -> tuple[Tensor, Tensor, Tensor] | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Another way to make weights few bits wide than their format's own. make gets the name of a product's first weight
+    (without ".weight") and all of its weights on top of each other [out, in]; note says what it does, in words."""
+
+    note: str
+    make: Callable[[str, Tensor], Matrix]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
     """How a model is laid out in memory. max_context cuts the context that the checkpoint allows; packed_path is where
-    its packed weights are kept for the next start, None to keep nothing."""
+    its packed weights are kept for the next start, None to keep nothing; rounding is for every product but the head."""
 
     precision: PrecisionName = "fp32"
     device: str = "cpu"
     block_size: int = 32
     max_context: int | None = None
     packed_path: Path | None = None
+    rounding: Rounding | None = None
 
 
 def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> Model:
@@ -76,6 +86,7 @@ def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> M
         loader.head(embedding),
     )
     loader.finish()
+    model.note = loader.packed.note
     return model
 
 
@@ -102,7 +113,8 @@ class _Loader:
         self.kernels = kernels
         self.device = settings.device
         self.format = FORMATS[settings.precision]
-        self.packed = PackedFile(settings.packed_path)
+        self.rounding = settings.rounding
+        self.packed = PackedFile(settings.packed_path, settings.rounding.note if settings.rounding else "")
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of this shape. Raises ModelError naming what is missing or how its shape differs."""
@@ -155,7 +167,11 @@ class _Loader:
         if known is not None:
             return known
         sizes = list(zip(names, rows, strict=True))
-        matrices = [self._store(f"{name}.weight", (each, columns)) for name, each in sizes]
+        if self.rounding is not None:
+            weight = torch.cat([self.read(f"{name}.weight", (each, columns)) for name, each in sizes])
+            matrices = [self.rounding.make(names[0], weight).to(self.device)]
+        else:
+            matrices = [self._store(f"{name}.weight", (each, columns)) for name, each in sizes]
         added = torch.cat([self.read(f"{name}.bias", (each,)) for name, each in sizes]) if bias else None
         return self._pack(names[0], matrices, added, activation)
 
@@ -181,14 +197,16 @@ class _Loader:
 
     def _pack(self, name: str, matrices: list[Matrix], bias: Tensor | None, activation: Activation | None) -> Linear:
         bias = None if bias is None else bias.to(self.device)
-        linear = Linear.store(self.kernels, matrices, self.format.arithmetic, bias, activation)
+        linear = Linear.store(self.kernels, name, matrices, self.format.arithmetic, bias, activation)
         self.packed.keep(name, *self.kernels.unload(linear.weight))
         return linear
 
     def _reload(self, name: str) -> Linear | None:
         """A product from the packed file, or None."""
         known = self.packed.take(name)
-        return None if known is None else Linear(self.kernels, self.kernels.reload(*known), self.format.arithmetic)
+        if known is None:
+            return None
+        return Linear(self.kernels, name, self.kernels.reload(*known), self.format.arithmetic)
 
     def _remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor from the packed file, or made and kept for it."""

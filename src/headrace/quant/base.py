@@ -25,7 +25,7 @@ class Quantization(Protocol):
         """A floating-point weight [out, in] in this format; the argument is left as it is."""
         ...
 
-    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor | None) -> Matrix | None:
+    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor) -> Matrix | None:
         """4-bit blocks of a checkpoint (`checkpoint.base.Blocks`) as they are, or None where this format is another."""
         ...
 
@@ -49,10 +49,12 @@ def join(matrices: list[Matrix]) -> Matrix:
 
 
 class Linear:
-    """y = x W^T + b, with a weight that the kernels have laid out for themselves. format is that of the arithmetic."""
+    """y = x W^T + b, with a weight that the kernels have laid out for themselves. name is that of its first weight in
+    the checkpoint, format that of the arithmetic."""
 
-    def __init__(self, kernels: Kernels, weight: PackedWeight, format: str) -> None:
+    def __init__(self, kernels: Kernels, name: str, weight: PackedWeight, format: str) -> None:
         self.kernels = kernels
+        self.name = name
         self.weight = weight
         self.format = format
 
@@ -60,6 +62,7 @@ class Linear:
     def store(
         cls,
         kernels: Kernels,
+        name: str,
         matrices: list[Matrix],
         format: str,
         bias: Tensor | None = None,
@@ -68,7 +71,7 @@ class Linear:
         """From matrices of one format, their outputs on top of each other, and a bias for all of them."""
         matrix = join(matrices)
         bias = None if bias is None else bias.float()
-        return cls(kernels, kernels.pack(replace(matrix, bias=bias, activation=activation)), format)
+        return cls(kernels, name, kernels.pack(replace(matrix, bias=bias, activation=activation)), format)
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, in] to [T, out], of x's dtype if none is given."""

@@ -22,5 +22,5 @@ class FullPrecision:
     def store(self, weight: Tensor) -> Matrix:
         return Matrix(weight.to(self.dtype, copy=True))
 
-    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor | None) -> None:
+    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor) -> None:
         return None

@@ -35,24 +35,36 @@ class Int4:
         return Int8()
 
     def store(self, weight: Tensor) -> Matrix:
-        return self._describe(*round_groups(weight.float(), self.weight_group))
+        return self.describe(*round_groups(weight.float(), self.weight_group))
 
-    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor | None) -> Matrix | None:
+    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor) -> Matrix | None:
         if values.shape[1] != scales.shape[1] * self.weight_group:
             return None
-        return self._describe(values, scales, scales * -8 if minimums is None else minimums)
+        return self.describe(values, scales, minimums)
 
-    def _describe(self, values: Tensor, scales: Tensor, minimums: Tensor) -> Matrix:
+    def describe(self, values: Tensor, scales: Tensor, minimums: Tensor) -> Matrix:
+        """4-bit values with these groups as a matrix."""
         return Matrix(values, scales, minimums, self.weight_group, self.input_group)
 
 
 def round_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Values uint8 [out, in] from 0 to 15, scales and minimums float16 [out, groups], of a float32 weight [out, in]."""
     out, columns = weight.shape
-    short = -columns % group
-    parts = functional.pad(weight, (0, short), mode="replicate").view(out, -1, group)
-    least, most = parts.amin(-1, keepdim=True).half(), parts.amax(-1, keepdim=True)
-    scales = ((most - least.float()) / LEVELS).half()
-    steps = (parts - least.float()) / scales.float().where(scales > 0, 1)
+    parts = functional.pad(weight, (0, -columns % group), mode="replicate").view(out, -1, group)
+    scales, least = measure_groups(parts)
+    steps = (parts - least.float()[..., None]) / scales.float().where(scales > 0, 1)[..., None]
     values = steps.round().clamp(0, LEVELS).to(torch.uint8).view(out, -1)[:, :columns]
-    return values.contiguous(), scales[..., 0], least[..., 0]
+    return values.contiguous(), scales, least
+
+
+def measure_groups(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and minimum float16 [...] of groups of weights [..., group]: 16 levels from the least to the largest."""
+    least = parts.amin(-1).half()
+    return ((parts.amax(-1) - least.float()) / LEVELS).half(), least
+
+
+def dequantize_groups(values: Tensor, scales: Tensor, minimums: Tensor, group: int) -> Tensor:
+    """The weight float32 [out, in] that `round_groups` made these of."""
+    columns = values.shape[1]
+    wide, least = (each.float().repeat_interleave(group, dim=1)[:, :columns] for each in (scales, minimums))
+    return values.float() * wide + least

@@ -28,7 +28,7 @@ class Int8:
     def head(self) -> Int8:
         return self
 
-    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor | None) -> None:
+    def adopt(self, values: Tensor, scales: Tensor, minimums: Tensor) -> None:
         return None
 
     def store(self, weight: Tensor) -> Matrix:

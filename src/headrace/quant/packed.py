@@ -21,18 +21,25 @@ log = logging.getLogger("headrace")
 # Smaller models load at once anyway; larger ones are too much to keep unasked.
 LEAST_BYTES, MOST_BYTES = 32 * 2**20, 4 * 2**30
 
+# What no tensor is called.
+NOTE = "note"
+
 Numbers = tuple[int, ...]
 Parts = dict[str, Tensor]
 
 
 class PackedFile:
-    """Parts (tensors by name, and whole numbers) by the name of what they are parts of. `path` None keeps nothing."""
+    """Parts (tensors by name, and whole numbers) by the name of what they are parts of. `path` None keeps nothing.
 
-    def __init__(self, path: Path | None) -> None:
+    note says in words how they were made where that was not the usual way; such a file is read and written whatever its
+    size. One that is given replaces what is there."""
+
+    def __init__(self, path: Path | None, note: str = "") -> None:
         self.path = path
+        self.note = note
         self._found: dict[str, tuple[Parts, Numbers]] = {}
         self._new: dict[str, tuple[Parts, Numbers]] = {}
-        if path is not None and path.exists():
+        if path is not None and path.exists() and not note:
             self._read(path)
 
     @property
@@ -54,12 +61,13 @@ class PackedFile:
         tensors = {f"{name}/{part}": each for name, (parts, _) in self._new.items() for part, each in parts.items()}
         numbers = {name: json.dumps(each) for name, (_, each) in self._new.items()}
         self._new = {}
-        if self.path is None or not LEAST_BYTES <= sum(each.nbytes for each in tensors.values()) <= MOST_BYTES:
+        usual = LEAST_BYTES <= sum(each.nbytes for each in tensors.values()) <= MOST_BYTES
+        if self.path is None or not (usual or self.note):
             return
         part = self.path.with_name(f"{self.path.name}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, metadata=numbers)
+            save_file(tensors, part, metadata=numbers | {NOTE: self.note})
             # Renamed before its bytes are on the disk, a power cut would leave a whole header and weights of zeros.
             with part.open("rb") as file:
                 os.fsync(file.fileno())
@@ -75,7 +83,9 @@ class PackedFile:
                 for key in file.keys():  # noqa: SIM118
                     name, part = key.rsplit("/", 1)
                     names.setdefault(name, {})[part] = file.get_tensor(key)
-                numbers = {name: tuple(json.loads(each)) for name, each in (file.metadata() or {}).items()}
+                facts = dict(file.metadata() or {})
+            self.note = facts.pop(NOTE, "")
+            numbers = {name: tuple(json.loads(each)) for name, each in facts.items()}
             self._found = {name: (parts, numbers[name]) for name, parts in names.items()}
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             log.warning("%s cannot be read and is made anew: %s", path, error)

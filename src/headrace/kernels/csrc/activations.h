@@ -43,9 +43,7 @@ struct Int8Part {
 struct Int4Part {
     vf weight_scale, minimum;
 
-    Int4Part(const Weight& weight, int64_t place) : weight_scale(load(weight.group_scales + place)) {
-        minimum = weight.group_minimums ? load(weight.group_minimums + place) : weight_scale * -8.0f;
-    }
+    Int4Part(const Weight& weight, int64_t place) : weight_scale(load(weight.group_scales + place)), minimum(load(weight.group_minimums + place)) {}
     static uint32_t addition(int32_t total, float scale) { return std::bit_cast<uint32_t>((float)total * scale); }
 
     vf add(vf before, vi sum, float scale, uint32_t addition) const {
@@ -118,6 +116,22 @@ struct NormedRows {
         normed.resize(size);
         norm_residual(x, norm, row, size, normed.data());
         return normed.data();
+    }
+};
+
+// Any rows, multiplied by a scale for each input.
+template <class Rows>
+struct ScaledRows {
+    const Rows& rows;
+    const float* scales;
+    int64_t size;
+
+    const float* row(int64_t row) const {
+        static thread_local std::vector<float> scaled;
+        scaled.resize(size);
+        const auto* x = rows.row(row);
+        for (int64_t i = 0; i < size; i += W) store(scaled.data() + i, load(x + i, size - i) * load(scales + i, size - i), size - i);
+        return scaled.data();
     }
 };
 

@@ -151,9 +151,16 @@ void multiply(const Operand& x, int64_t rows, const Weight& weight, T* y) {
 template <class Lanes, class T, class Y>
 void multiply_integers(const T* x, int64_t rows, const Norm& norm, const Weight& weight, Y* y) {
     static thread_local Quantized quantized;
-    Operand operand = norm.weight ? quantize<Lanes>(NormedRows<T>{x, norm, weight.in}, rows, weight, quantized)
-                                  : quantize<Lanes>(PlainRows<T>{x, weight.in}, rows, weight, quantized);
-    multiply<Lanes>(operand, rows, weight, y);
+    auto multiply_rows_of = [&](const auto& x) {
+        if (weight.input_scales)
+            multiply<Lanes>(quantize<Lanes>(ScaledRows{x, weight.input_scales, weight.in}, rows, weight, quantized), rows, weight, y);
+        else
+            multiply<Lanes>(quantize<Lanes>(x, rows, weight, quantized), rows, weight, y);
+    };
+    if (norm.weight)
+        multiply_rows_of(NormedRows<T>{x, norm, weight.in});
+    else
+        multiply_rows_of(PlainRows<T>{x, weight.in});
 }
 
 template <class T, class Y>

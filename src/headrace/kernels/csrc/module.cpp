@@ -67,7 +67,8 @@ Weight weight_of(nb::tuple t) {
     return {Type(nb::cast<int>(t[0])),    at<void>(nb::cast<uintptr_t>(t[1])),  nb::cast<int64_t>(t[2]),
             nb::cast<int64_t>(t[3]),      nb::cast<int64_t>(t[4]),              Gate(nb::cast<int>(t[5])),
             at<float>(nb::cast<uintptr_t>(t[6])), at<float>(nb::cast<uintptr_t>(t[7])), nb::cast<int64_t>(t[8]),
-            at<half>(nb::cast<uintptr_t>(t[9])),  at<half>(nb::cast<uintptr_t>(t[10]))};
+            at<half>(nb::cast<uintptr_t>(t[9])),  at<half>(nb::cast<uintptr_t>(t[10])),
+            at<float>(nb::cast<uintptr_t>(t[11]))};
 }
 
 Heads heads_of(nb::tuple t) {

@@ -21,7 +21,7 @@ struct half {
 // panels do; null if there are none.
 // Integer weights are multiplied with inputs rounded to 8 bits, a scale each input_group. 8-bit ones are stored with 128
 // added. 4-bit ones are 0 to 15; of weight_group neighbours each means number * scale + minimum, half precision, both
-// [panels][in / weight_group][32]; without minimums it is (number - 8) * scale. weight_group divides input_group.
+// [panels][in / weight_group][32]. weight_group divides input_group.
 struct Weight {
     Type type;
     const void* panels;
@@ -32,6 +32,8 @@ struct Weight {
     int64_t weight_group;
     const half* group_scales;
     const half* group_minimums;
+    // [in]: what inputs are multiplied by before they are rounded; null: nothing.
+    const float* input_scales;
     // Where the weight lies that is probably multiplied next.
     const void* next = nullptr;
     int64_t next_bytes = 0;

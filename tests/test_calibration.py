@@ -1,0 +1,108 @@
+"""4-bit weights made with a text: what each method promises, and that the best is kept and used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_gguf import write_gguf
+from torch import Tensor
+
+from headrace import LLM
+from headrace.checkpoint import open_checkpoint
+from headrace.cli import main
+from headrace.core import InputError
+from headrace.engine import loading
+from headrace.judge.calibration import STORED, Recorder, calibrate, describe_rounding, has_blocks, record_inputs
+from headrace.kernels.reference import ReferenceKernels, dequantize
+from headrace.model import ModelSettings, load_model
+from headrace.quant.awq import find_input_scales
+from headrace.quant.gptq import round_by_gptq
+from headrace.quant.int4 import dequantize_groups, round_groups
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(loading, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def make_product() -> tuple[Tensor, Tensor]:
+    """A weight [40, 96], and inputs [500, 96] that go together and of which a few are large."""
+    inputs = torch.randn(500, 24) @ torch.randn(24, 96) + 0.3 * torch.randn(500, 96)
+    inputs[:, ::17] *= 12
+    return torch.randn(40, 96), inputs
+
+
+def output_error(weight: Tensor, inputs: Tensor, near: Tensor) -> float:
+    return float((inputs @ (near - weight).T).square().mean())
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_each_method_changes_the_outputs_less_than_rounding(group: int) -> None:
+    weight, inputs = make_product()
+    gram = inputs.T @ inputs
+    plain = output_error(weight, inputs, dequantize_groups(*round_groups(weight, group), group))
+    moved = output_error(weight, inputs, dequantize_groups(*round_by_gptq(weight, gram, group), group))
+    scales = find_input_scales(weight, gram, group)
+    scaled = output_error(weight, inputs, dequantize_groups(*round_groups(weight * scales, group), group) / scales)
+    assert moved < 0.6 * plain and scaled < 0.9 * plain
+    assert scales[::17].mean() > scales.mean()
+
+
+def test_gptq_without_a_preference_is_rounding() -> None:
+    weight, _ = make_product()
+    for found, expected in zip(round_by_gptq(weight, torch.eye(96), 32), round_groups(weight, 32), strict=True):
+        assert torch.equal(found, expected)
+    for part in round_by_gptq(weight, torch.zeros(96, 96), 32):
+        assert part.isfinite().all()
+
+
+def test_inputs_are_those_of_each_product(tiny_model: Path) -> None:
+    recorder = Recorder(ReferenceKernels())
+    model = load_model(open_checkpoint(str(tiny_model)), recorder, ModelSettings(precision="fp32"))  # type: ignore[arg-type]
+    text = [1 + place % 90 for place in range(40)]
+    grams = record_inputs(model, recorder, [text, text[:20]])
+    assert len(grams) == 4 * len(model.layers)
+    layer, residual = model.layers[0], model.embedding[torch.tensor(text + text[:20])]
+    normed = ReferenceKernels().rms_norm(residual, layer.attention_norm, model.config.norm_eps)
+    torch.testing.assert_close(grams[layer.query_key_value.name], normed.T @ normed, rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_is_kept_and_used(tiny_model: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = cache.with_name("text.txt")
+    text.write_text("The mill by the river grinds wheat, and the miller counts the sacks. " * 200)
+    common = ["--text", str(text), "--model", str(tiny_model), "--window", "64", "--json", "--group", "64"]
+    with LLM(str(tiny_model), precision="int4", kv_cache_bytes=1 << 22) as before:
+        assert before.resolved["weights"] == ""
+    assert main(["quantize", *common]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["perplexities"]) == {"rounding", "gptq", "awq", "awq and gptq"}
+    assert found["best"] == min(found["perplexities"], key=found["perplexities"].get)
+    with LLM(str(tiny_model), precision="int4", kv_cache_bytes=1 << 22) as after:
+        assert after.resolved["weights"] == f"4-bit groups of 64 by {found['best']}"
+    assert main(["quantize", "--text", str(text), "--model", str(tiny_model), "--group", "48"]) == 2
+    assert "must be 32, 64 or 128, got 48" in capsys.readouterr().err
+
+
+def test_stored_blocks_win_where_nothing_is_better(tmp_path: Path, cache: Path) -> None:
+    from gguf import GGMLQuantizationType
+
+    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", quantise=GGMLQuantizationType.Q4_1)))
+    assert has_blocks(checkpoint)
+    windows = [[1 + (7 * place + shift) % 90 for place in range(32)] for shift in range(8)]
+    outcome = calibrate(checkpoint, ReferenceKernels(), windows, 32, lambda text: None)
+    assert STORED in outcome.perplexities
+    if outcome.best == STORED:
+        assert not list(cache.glob("packed/*"))
+    with pytest.raises(InputError, match="4 windows of text or more, found 3"):
+        calibrate(checkpoint, ReferenceKernels(), windows[:3], 32, lambda text: None)
+
+
+def test_rounding_finds_the_grid_on_which_the_real_models_weights_lie(smollm2_path: Path) -> None:
+    weight = open_checkpoint(str(smollm2_path)).tensor("model.layers.3.mlp.down_proj.weight")
+    way = describe_rounding("rounding", {"down": torch.eye(weight.shape[1])}, 32)
+    found = dequantize(way.make("down", weight)).float()
+    assert float((found - weight).abs().max()) < 2e-3 * float(weight.abs().max())

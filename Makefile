@@ -49,6 +49,7 @@ quality: .make/package
 	$(VENV)/headrace eval agree --text "$(TEXT)" --precision bf16 --against fp32
 	$(VENV)/headrace eval agree --text "$(TEXT)" --precision int8 --against bf16
 	$(VENV)/headrace eval agree --text "$(TEXT)" --precision int4 --against bf16
+	for group in 32 64 128; do $(VENV)/headrace quantize --text "$(TEXT)" --group $$group; done
 
 docs: .make/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict --quiet

@@ -101,7 +101,7 @@ def read_ratios(times: dict[str, list[float]], ours: str, theirs: list[str]) -> 
 
 
 def write_table(record: dict[str, Any]) -> str:
-    """Medians of seconds, and of each of ours the ratio to the best peer: int8 to all, others to their own format."""
+    """Medians of seconds, and of each of ours the ratio to the best peer: integers to all, others to their own."""
     found, names = record["seconds"], list(record["ready"])
     ours = [name for name in names if name.startswith("headrace")]
     peers = [name for name in names if name not in ours]
@@ -111,7 +111,7 @@ def write_table(record: dict[str, Any]) -> str:
         cells = [f"{statistics.median(times[name]):.2f} s" for name in names]
         for name in ours:
             form = name.rsplit("-", 1)[-1]
-            alike = [peer for peer in peers if form == "int8" or peer.endswith(form)]
+            alike = [peer for peer in peers if form in ("int8", "int4") or peer.endswith(form)]
             ratio, best = read_ratios(times, name, alike) if alike else (0.0, "")
             cells.append(f"{ratio:.2f} ({best})" if alike else "")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")

@@ -73,7 +73,7 @@ class Table:
         rate = f"{operations / seconds / 1e9:.0f} G/s, {moved / seconds / 1e9:.1f} GB/s"
         floor = share = ""
         if self.peaks is not None:
-            least = max(operations / self.peaks.operations[form], moved / self.peaks.memory["read"])
+            least = max(operations / self.peaks.operations[FORMATS[form].arithmetic], moved / self.peaks.memory["read"])
             floor, share = f"{1e6 * least:.0f} µs", f"{least / seconds:.0%}"
         print(
             f"| {shape} | {kernel} | {rows} | {form} | {1e6 * seconds:.0f} µs | {rate} | {floor} | {share} |",
@@ -91,7 +91,7 @@ def show_products(table: Table, name: str, shape: Shape) -> None:
     }
     for kernel, (out, size, gated) in products.items():
         weight = torch.randn(out, size) / size**0.5
-        for form in ("fp32", "bf16", "int8"):
+        for form in FORMATS:
             stored = replace(FORMATS[form].store(weight), activation="silu" if gated else None)
             packed = table.kernels.pack(stored)
             copies = [packed, *(table.kernels.pack(stored) for _ in range(min(60, COLD_BYTES // packed.nbytes)))]

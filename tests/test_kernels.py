@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -260,6 +261,60 @@ def test_a_query_has_the_same_bits_in_any_chunk_and_batch(spec: AttentionSpec, d
         )
         alone = FAST.attention(queries[start : start + length], keys, values, part, spec)
         assert torch.equal(alone, whole[start : start + length])
+
+
+# Blocks that the sequences begin with, as a tree: 0-9 for most of them, then two branches, then what is each one's own.
+def make_shared_case(kv_heads: int, head: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, RaggedBatch]:
+    """40 sequences of one token and two of several, shuffled, whose tables share blocks at three depths."""
+    source, fresh = random.Random(1), itertools.count(30)
+    trunk, branches = list(range(10)), [list(range(10, 20)), list(range(20, 29))]
+    tables, positions, lengths = [], [], []
+    for number in range(42):
+        kind = number % 7
+        shared = [] if kind == 0 else trunk[:5] if kind == 1 else trunk + (branches[kind % 2] if kind > 3 else [])
+        own = [next(fresh) for _ in range(source.randrange(1, 7))]
+        length = 3 if number in (20, 21) else 1
+        tables.append(shared + own)
+        lengths.append(length)
+        # The last block may be nearly empty, or the shared ones not all seen yet.
+        positions.append(size * len(tables[-1]) - source.randrange(length, size) if kind != 6 else size * 15 + number)
+    order = source.sample(range(42), 42)
+    table = torch.full((42, max(map(len, tables))), -1)
+    for place, number in enumerate(order):
+        table[place, : len(tables[number])] = torch.tensor(tables[number])
+    starts = torch.tensor([0, *itertools.accumulate(lengths[number] for number in order)])
+    tokens = torch.cat([torch.arange(positions[number], positions[number] + lengths[number]) for number in order])
+    contexts = torch.tensor([positions[number] + lengths[number] for number in order])
+    cache = make_cache(next(fresh), kv_heads, head, size, dtype)
+    none = torch.zeros(0, dtype=torch.int64)
+    for part in cache:
+        part.normal_()
+    return *cache, RaggedBatch(none, tokens.int(), starts.int(), contexts.int(), (table.int(),), (none,), none)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", SPECS, ids=["plain", "window 9", "window 40", "soft cap"])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 32), (4, 4, 16), (16, 1, 48)])
+def test_a_shared_prefix_changes_no_bit(
+    heads: int, kv_heads: int, size: int, spec: AttentionSpec, dtype: torch.dtype
+) -> None:
+    keys, values, batch = make_shared_case(kv_heads, 64, size, dtype)
+    queries = torch.randn(len(batch.positions), heads, 64).to(dtype)
+    together = FAST.attention(queries, keys, values, batch, spec)
+    assert_close(together, PLAIN.attention(queries, keys, values, batch, spec))
+    none = torch.zeros(0, dtype=torch.int64)
+    for place in range(42):
+        rows = slice(int(batch.query_starts[place]), int(batch.query_starts[place + 1]))
+        alone = RaggedBatch(
+            none,
+            batch.positions[rows],
+            torch.tensor([0, rows.stop - rows.start]).int(),
+            batch.context_lengths[place : place + 1],
+            (batch.block_tables[0][place : place + 1],),
+            (none,),
+            none,
+        )
+        assert torch.equal(FAST.attention(queries[rows], keys, values, alone, spec), together[rows])
 
 
 def test_odd_layouts_are_refused() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +53,8 @@ def block_bytes(layout: CacheLayout, kv_heads: int, head_size: int, dtype: torch
 
 
 def make_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Zeros of this shape. torch.zeros would write, and so take, all of the memory at once; numpy's come as touched."""
+    """Zeros of this shape. torch.zeros would write, and so take, all of the memory at once; these come as touched."""
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    # Memory of the C library's would be cleared, and so taken, where an earlier cache has given it back.
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)

@@ -1,251 +1,138 @@
 // Ragged paged attention with online softmax (FlashAttention, arXiv 2205.14135, algorithm 1), prefill and decode alike.
 //
-// A task is a tile of one sequence's query tokens and the query heads that share one kv head, so that keys and values
-// are read once for all of them. Spans of a few blocks are taken in ascending order from position 0, and each (query,
-// head) does the same arithmetic in the same order as if it were alone: a row's bits do not depend on chunk or batch.
+// A task is a tile of query tokens and the query heads that share one kv head, so that keys and values are read once for
+// all of them: tokens of one sequence, or the tokens of several sequences that have the same first blocks (a shared
+// prefix), which read those together and what is left each for itself. Spans of a few blocks are taken in ascending order
+// from position 0, and each (query, head) does the same arithmetic in the same order as if it were alone: a row's bits do
+// not depend on chunk or batch, nor on who shares its prefix.
 // In bfloat16 queries, keys, values and softmax weights are bfloat16, sums and the softmax float32.
 #pragma once
 
-#include <cmath>
-#include <limits>
-#include <type_traits>
+#include <algorithm>
 #include <vector>
 
-#include "lanes.h"
-#include "pool.h"
-#include "table.h"
+#include "attention_tile.h"
 
 namespace {
 
 using namespace headrace;
 
-constexpr int64_t TILE_ROWS = 48;
-constexpr int64_t SPAN_TOKENS = 128;  // the softmax is brought up to date once in so many
-constexpr int SCORE_ROWS = W == 16 ? 12 : 3;  // rows of scores in registers at once, two vectors of keys each
-constexpr int OUTPUT_ROWS = W == 16 ? 6 : 2;  // rows of outputs in registers at once, four vectors each
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
-
-struct Task {
-    int64_t sequence, head, token, tokens;
-};
-
-// Call a function with min(count, MOST) as a constant of the compiler's, so that as many rows stay in registers.
-template <int MOST, class Function>
-void by_count(int64_t count, Function function) {
-    if constexpr (MOST > 1) {
-        if (count < MOST) return by_count<MOST - 1>(count, function);
-    }
-    function(std::integral_constant<int, MOST>{});
-}
-
-// Working memory of one thread: a tile's queries, scores of one span and the softmax weights they become, what is summed
-// (total: W sums a row, added up at the end).
+// One call's arguments, and the sequences in an order in which those that share their first blocks are neighbours.
 template <class T>
-struct Scratch {
-    std::vector<T> queries, weights;
-    std::vector<float> scores, outputs, top, total;
-
-    void fit(int64_t rows, int64_t span, int64_t head) {
-        queries.resize(rows * head);
-        weights.resize(rows * span);
-        scores.resize(rows * span);
-        outputs.resize(rows * head + W);
-        top.resize(rows);
-        total.resize(rows * W);
-    }
-};
-
-// scores [rows, block_size] of a span's rows = queries [rows, lanes] times keys [lanes, block_size].
-template <class Lanes, int ROWS>
-void score_rows(const uint32_t* queries, const uint32_t* keys, const uint32_t* values, float* scores, int64_t span, int64_t lanes,
-                int64_t block_size) {
-    for (int64_t j = 0; j < block_size; j += 2 * W) {
-        bool both = block_size - j > W;
-        vf sums[ROWS][2] = {};
-        for (int64_t d = 0; d < lanes; d++) {
-            // A block of values is as large as one of keys: fetch it meanwhile, a line or two with each lane.
-            for (int64_t at = j; at < std::min(block_size, j + 2 * W); at += 16) __builtin_prefetch(values + d * block_size + at);
-            vu first = load(keys + d * block_size + j), second = both ? load(keys + d * block_size + j + W) : vu{};
-#pragma GCC unroll 12
-            for (int r = 0; r < ROWS; r++) {
-                sums[r][0] = Lanes::step(sums[r][0], queries[r * lanes + d], first);
-                sums[r][1] = Lanes::step(sums[r][1], queries[r * lanes + d], second);
-            }
-        }
-        for (int r = 0; r < ROWS; r++) {
-            store(scores + r * span + j, sums[r][0]);
-            if (both) store(scores + r * span + j + W, sums[r][1]);
-        }
-    }
-}
-
-// The blocks of a span that a tile sees: where their keys and values begin, and how many lanes of tokens are written in the
-// last one. What lies beyond them may be anything.
-struct Span {
-    const uint32_t* keys[SPAN_TOKENS / 16];
-    const uint32_t* values[SPAN_TOKENS / 16];
-    int64_t first, last, written;
-
-    int64_t lanes(int64_t block, int64_t all) const { return block + 1 == last ? written : all; }
-};
-
-// outputs [rows, size] += weights [rows, span] times the span's values, lanes of neighbouring tokens [block_lanes, size].
-template <class Lanes, int ROWS>
-void add_values(const uint32_t* weights, const Span& span, float* outputs, int64_t span_lanes, int64_t size, int64_t block_lanes) {
-    constexpr int V = 4;
-    int64_t d = 0;
-    for (; d + V * W <= size; d += V * W) {
-        vf sums[ROWS][V];
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < V; v++) sums[r][v] = load(outputs + r * size + d + v * W);
-        for (int64_t block = span.first; block < span.last; block++) {
-            const uint32_t *values = span.values[block] + d, *lanes = weights + block * block_lanes;
-            for (int64_t j = 0, end = span.lanes(block, block_lanes); j < end; j++) {
-                vu row[V];
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) row[v] = load(values + j * size + v * W);
-#pragma GCC unroll 6
-                for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-                    for (int v = 0; v < V; v++) sums[r][v] = Lanes::step(sums[r][v], lanes[r * span_lanes + j], row[v]);
-            }
-        }
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < V; v++) store(outputs + r * size + d + v * W, sums[r][v]);
-    }
-    for (; d < size; d += W)
-        for (int r = 0; r < ROWS; r++) {
-            vf sum = load(outputs + r * size + d, size - d);
-            for (int64_t block = span.first; block < span.last; block++)
-                for (int64_t j = 0, end = span.lanes(block, block_lanes); j < end; j++)
-                    sum = Lanes::step(sum, weights[r * span_lanes + block * block_lanes + j], load(span.values[block] + j * size + d, size - d));
-            store(outputs + r * size + d, sum, size - d);
-        }
-}
-
-// What a row sees of a span: tokens from..to.
-struct Visible {
-    int64_t from, to;
-
-    vf hide(vf values, int64_t j, float otherwise) const {
-        vi place = (int32_t)j + vi{};
-        for (int i = 0; i < W; i++) place[i] += i;
-        return (place >= (int32_t)from) & (place < (int32_t)to) ? values : splat(otherwise);
-    }
-};
-
-// Turn a row's scores of the tokens begin..end of a span into weights: exp(scale * (score - largest so far)) where visible,
-// zero elsewhere. Rescales what was summed. top is -inf before the first span.
-template <bool PARTLY, class T>
-void soften_row(float* scores, T* weights, float* output, float& top, float* total, int64_t size, int64_t begin, int64_t end,
-                Visible visible, const Attention& spec) {
-    vf best = splat(-INFINITE);
-    for (int64_t j = begin; j < end; j += W) {
-        vf s = load(scores + j);
-        if (spec.soft_cap > 0) s = spec.soft_cap / spec.scale * hyperbolic_tangent(s * (spec.scale / spec.soft_cap));
-        if (PARTLY) s = visible.hide(s, j, -INFINITE);
-        if (PARTLY || spec.soft_cap > 0) store(scores + j, s);
-        best = maximum(best, s);
-    }
-    float now = std::fmax(top, largest(best)), factor = spec.scale * 1.44269504088896341f;
-    vf shift = splat(-now * factor), added = {};
-    for (int64_t j = begin; j < end; j += W) {
-        vf weight = power_of_two(multiply_add(load(scores + j), splat(factor), shift));
-        if (PARTLY) weight = visible.hide(weight, j, 0.0f);
-        store(weights + j, weight);
-        added += weight;
-    }
-    if (now == top) return store(total, load(total) + added);
-    // Before the first span all sums are zero.
-    vf kept = power_of_two(splat((top - now) * factor));
-    store(total, multiply_add(load(total), kept, added));
-    for (int64_t d = 0; d < size; d += W) store(output + d, load(output + d, size - d) * kept, size - d);
-    top = now;
-}
-
-template <class T>
-void load_queries(const Rows& queries, const Task& task, int64_t start, int64_t group, T* into) {
-    int64_t size = queries.size;
-    for (int64_t t = 0; t < task.tokens; t++) {
-        const T* row = (const T*)queries.data + (start + task.token + t) * queries.outer_stride + task.head * group * size;
-        std::memcpy(into + t * group * size, row, group * size * sizeof(T));
-    }
-}
-
-// One tile over one span: scores, softmax, values.
-template <class T>
-struct Tile {
-    using Lanes = typename LanesOf<T>::type;
-    static constexpr int64_t PAIR = Lanes::GROUP;
-
+struct Call {
+    const Rows& queries;
+    const Cache& cache;
+    const Batch& batch;
     const Attention& spec;
-    int64_t group, position, tokens, head, size, span;
-    Scratch<T>& s;
+    T* y;
+    std::vector<int64_t> order;
 
-    void add_span(const Span& blocks, int64_t begin) {
-        // Rows whose query comes before this span, or whose window has left it, have no part in it.
-        int64_t low = std::max<int64_t>(0, begin - position);
-        int64_t high = spec.window ? std::min(tokens, begin + span - 1 + spec.window - position) : tokens;
-        const uint32_t *queries = (const uint32_t*)s.queries.data(), *weights = (const uint32_t*)s.weights.data();
-        for (int64_t block = blocks.first; block < blocks.last; block++) {
-            for (int64_t r = low * group; r < high * group; r += SCORE_ROWS)
-                by_count<SCORE_ROWS>(high * group - r, [&](auto count) {
-                    score_rows<Lanes, count>(queries + r * head / PAIR, blocks.keys[block], blocks.values[block], &s.scores[r * span + block * size], span,
-                                             head / PAIR, size);
-                });
-        }
-        int64_t from = blocks.first * size, to = blocks.last * size;
-        for (int64_t r = low * group; r < high * group; r++) {
-            int64_t own = position + r / group;
-            Visible visible{spec.window ? std::max<int64_t>(0, own - spec.window + 1 - begin) : 0, own + 1 - begin};
-            auto soften = visible.from <= from && visible.to >= to ? soften_row<false, T> : soften_row<true, T>;
-            soften(&s.scores[r * span], &s.weights[r * span], &s.outputs[r * head], s.top[r], &s.total[r * W], head, from, to, visible, spec);
-        }
-        for (int64_t r = low * group; r < high * group; r += OUTPUT_ROWS)
-            by_count<OUTPUT_ROWS>(high * group - r, [&](auto count) {
-                add_values<Lanes, count>(weights + r * span / PAIR, blocks, &s.outputs[r * head], span / PAIR, head, size / PAIR);
-            });
+    int64_t group() const { return queries.inner / cache.kv_heads; }
+    int64_t span_blocks() const { return std::max<int64_t>(1, SPAN_TOKENS / cache.block_size); }
+    int64_t start(int64_t place) const { return batch.starts[order[place]]; }
+    int64_t length(int64_t place) const { return batch.starts[order[place] + 1] - start(place); }
+    int64_t position(int64_t place) const { return batch.positions[start(place)]; }
+    const int32_t* table(int64_t place) const { return batch.tables + order[place] * batch.table_stride; }
+
+    // Whether two sequences of one token each have the same blocks from span `begin` on for a span, and see all of it.
+    bool share(int64_t one, int64_t other, int64_t begin) const {
+        int64_t end = begin + span_blocks();
+        if (spec.window || length(one) != 1 || length(other) != 1) return false;
+        if (std::min(position(one), position(other)) + 1 < end * cache.block_size) return false;
+        return std::equal(table(one) + begin, table(one) + end, table(other) + begin);
     }
 };
 
+// A tile: some tokens of one sequence, or `count` sequences of one token each that share a span at least.
+struct Task {
+    int64_t first, count, head, token, tokens;
+};
+
 template <class T>
-void run_task(const Task& task, const Rows& queries, const Cache& cache, const Batch& batch, const Attention& spec, T* y, Scratch<T>& s) {
-    int64_t group = queries.inner / cache.kv_heads, rows = task.tokens * group, start = batch.starts[task.sequence];
-    int64_t head = cache.head_size, size = cache.block_size, position = batch.positions[start + task.token];
-    int64_t blocks = std::max<int64_t>(1, SPAN_TOKENS / size);
-    load_queries<T>(queries, task, start, group, s.queries.data());
-    std::fill_n(s.outputs.begin(), rows * head, 0.0f);
-    std::fill_n(s.top.begin(), rows, -INFINITE);
-    std::fill_n(s.total.begin(), rows * W, 0.0f);
-    Tile<T> tile{spec, group, position, task.tokens, head, size, blocks * size, s};
-    const int32_t* table = batch.tables + task.sequence * batch.table_stride;
-    int64_t first = spec.window && position >= spec.window ? position - spec.window + 1 : 0;
-    int64_t first_block = first / size, end_block = (position + task.tokens - 1) / size + 1;
-    for (int64_t begin = first_block / blocks * blocks; begin < end_block; begin += blocks) {
-        int64_t last = std::min(blocks, end_block - begin), written = std::min(size, position + task.tokens - (begin + last - 1) * size);
-        Span span{{}, {}, std::max<int64_t>(0, first_block - begin), last, (written + Tile<T>::PAIR - 1) / Tile<T>::PAIR};
-        for (int64_t block = span.first; block < span.last; block++) {
-            int64_t place = ((int64_t)table[begin + block] * cache.kv_heads + task.head) * head * size;
-            span.keys[block] = (const uint32_t*)((const T*)cache.keys + place);
-            span.values[block] = (const uint32_t*)((const T*)cache.values + place);
+struct Worker {
+    const Call<T>& call;
+    const Task& task;
+    Scratch<T>& s;
+    int64_t group = call.group(), head = call.cache.head_size, size = call.cache.block_size, blocks = call.span_blocks();
+
+    // Blocks begin..begin+count of a sequence, of which it has written so many tokens in all.
+    Span find(int64_t place, int64_t begin, int64_t first, int64_t last, int64_t tokens) const {
+        int64_t written = std::min(size, tokens - (begin + last - 1) * size);
+        Span span{{}, {}, first, last, (written + Tile<T>::PAIR - 1) / Tile<T>::PAIR};
+        for (int64_t block = first; block < last; block++) {
+            int64_t at = ((int64_t)call.table(place)[begin + block] * call.cache.kv_heads + task.head) * head * size;
+            span.keys[block] = (const uint32_t*)((const T*)call.cache.keys + at);
+            span.values[block] = (const uint32_t*)((const T*)call.cache.values + at);
         }
-        tile.add_span(span, begin * size);
+        return span;
     }
-    for (int64_t r = 0; r < rows; r++) {
-        T* into = y + (start + task.token + r / group) * queries.inner * head + (task.head * group + r % group) * head;
-        vf total = splat(1.0f / sum(load(&s.total[r * W])));
-        for (int64_t d = 0; d < head; d += W) store(into + d, load(&s.outputs[r * head + d], head - d) * total, head - d);
+
+    // One sequence's tokens from the block `begin` on, whose rows in the scratch begin at `base`.
+    void run_alone(int64_t place, int64_t begin, int64_t base) {
+        int64_t position = call.position(place) + task.token, end = position + task.tokens;
+        int64_t seen = call.spec.window && position >= call.spec.window ? (position - call.spec.window + 1) / size : 0;
+        Tile<T> tile{call.spec, group, position, task.tokens, head, size, blocks * size, base, s};
+        for (begin = std::max(begin, seen / blocks * blocks); begin * size < end; begin += blocks) {
+            int64_t last = std::min(blocks, (end - 1) / size + 1 - begin);
+            tile.add_span(find(place, begin, std::max<int64_t>(0, seen - begin), last, end), begin * size);
+        }
     }
-}
+
+    // Sequences from..to: what all of them share is read once for all of their rows, and so for those that share more. Each
+    // row's arithmetic is that of run_alone, in the same order.
+    void run_shared(int64_t from, int64_t to, int64_t begin) {
+        auto shared_by_all = [&] {
+            for (int64_t i = from + 1; i < to; i++)
+                if (!call.share(from, i, begin)) return false;
+            return to - from > 1;
+        };
+        while (shared_by_all()) {
+            int64_t least = call.position(from);
+            for (int64_t i = from; i < to; i++) least = std::min(least, call.position(i));
+            Tile<T> tile{call.spec, group, least, to - from, head, size, blocks * size, (from - task.first) * group, s};
+            tile.add_span(find(from, begin, 0, blocks, (begin + blocks) * size), begin * size);
+            begin += blocks;
+        }
+        if (to - from == 1) return run_alone(from, begin, (from - task.first) * group);
+        for (int64_t next; from < to; from = next) {
+            for (next = from + 1; next < to && call.share(from, next, begin);) next++;
+            run_shared(from, next, begin);
+        }
+    }
+
+    void run() {
+        int64_t rows = task.count * task.tokens * group;
+        for (int64_t i = 0; i < rows / group; i++) {
+            const T* row = (const T*)call.queries.data + token(i) * call.queries.outer_stride + task.head * group * head;
+            std::memcpy(s.queries.data() + i * group * head, row, group * head * sizeof(T));
+        }
+        std::fill_n(s.outputs.begin(), rows * head, 0.0f);
+        std::fill_n(s.top.begin(), rows, -INFINITE);
+        std::fill_n(s.total.begin(), rows * W, 0.0f);
+        if (task.count > 1)
+            run_shared(task.first, task.first + task.count, 0);
+        else
+            run_alone(task.first, 0, 0);
+        for (int64_t r = 0; r < rows; r++) {
+            T* into = call.y + token(r / group) * call.queries.inner * head + (task.head * group + r % group) * head;
+            vf total = splat(1.0f / sum(load(&s.total[r * W])));
+            for (int64_t d = 0; d < head; d += W) store(into + d, load(&s.outputs[r * head + d], head - d) * total, head - d);
+        }
+    }
+
+    // The batch's token of which this tile's i-th group of rows is.
+    int64_t token(int64_t i) const { return call.start(task.first + i / task.tokens) + task.token + i % task.tokens; }
+};
 
 // Ask for what a task reads first, while another runs: short contexts are over before the processor has seen a pattern.
 template <class T>
-void prefetch_task(const Task& task, const Cache& cache, const Batch& batch, const Attention& spec) {
-    int64_t size = cache.block_size, position = batch.positions[batch.starts[task.sequence] + task.token];
-    int64_t first = (spec.window && position >= spec.window ? position - spec.window + 1 : 0) / size;
-    int64_t end = std::min((position + task.tokens - 1) / size + 1, first + std::max<int64_t>(1, SPAN_TOKENS / size));
+void prefetch_task(const Call<T>& call, const Task& task) {
+    const Cache& cache = call.cache;
+    int64_t size = cache.block_size, position = call.position(task.first) + task.token;
+    int64_t first = (call.spec.window && position >= call.spec.window ? position - call.spec.window + 1 : 0) / size;
+    int64_t end = std::min((position + task.tokens - 1) / size + 1, first + call.span_blocks());
     for (int64_t block = first; block < end; block++) {
-        int64_t row = (int64_t)batch.tables[task.sequence * batch.table_stride + block] * cache.kv_heads + task.head;
+        int64_t row = (int64_t)call.table(task.first)[block] * cache.kv_heads + task.head;
         int64_t bytes = cache.head_size * size * sizeof(T);
         for (int64_t at = 0; at < bytes; at += 64) {
             __builtin_prefetch((const char*)cache.keys + row * bytes + at, 0, 2);
@@ -254,22 +141,40 @@ void prefetch_task(const Task& task, const Cache& cache, const Batch& batch, con
     }
 }
 
+// Sequences of one token first, and of these such with equal first blocks beside each other.
+template <class T>
+void order_sequences(Call<T>& call) {
+    call.order.resize(call.batch.sequences);
+    for (int64_t i = 0; i < call.batch.sequences; i++) call.order[i] = i;
+    auto table = [&](int64_t s) { return call.batch.tables + s * call.batch.table_stride; };
+    // Blocks beyond a sequence's last one are -1, in front of any other.
+    auto several = [&](int64_t s) { return call.batch.starts[s + 1] - call.batch.starts[s] > 1; };
+    std::sort(call.order.begin(), call.order.end(), [&](int64_t a, int64_t b) {
+        if (several(a) != several(b)) return several(b);
+        int order = std::memcmp(table(a), table(b), call.batch.table_stride * sizeof(int32_t));
+        return order ? order < 0 : a < b;
+    });
+}
+
 template <class T>
 void attention(Rows queries, Cache cache, Batch batch, Attention spec, T* y) {
-    int64_t group = queries.inner / cache.kv_heads, tile = std::max<int64_t>(1, TILE_ROWS / group), rows = tile * group;
-    int64_t span = std::max(SPAN_TOKENS / cache.block_size, (int64_t)1) * cache.block_size;
+    Call<T> call{queries, cache, batch, spec, y, {}};
+    order_sequences(call);
+    int64_t group = call.group(), tile = std::max<int64_t>(1, TILE_ROWS / group), rows = tile * group;
     std::vector<Task> tasks;
-    for (int64_t s = 0; s < batch.sequences; s++)
+    for (int64_t place = 0, next; place < batch.sequences; place = next) {
+        for (next = place + 1; next < batch.sequences && next - place < tile && call.share(place, next, 0);) next++;
         for (int64_t h = 0; h < cache.kv_heads; h++)
-            for (int64_t t = 0, n = batch.starts[s + 1] - batch.starts[s]; t < n; t += tile)
-                tasks.push_back({s, h, t, std::min(tile, n - t)});
+            for (int64_t t = 0; t < call.length(place); t += tile)
+                tasks.push_back({place, next - place, h, t, std::min(tile, call.length(place) - t)});
+    }
     int64_t threads = Pool::get().threads(), count = (int64_t)tasks.size();
     Pool::get().run(count, [&](int64_t i, int) {
         // Kept between calls: clearing it would take longer than a short context does.
         static thread_local Scratch<T> scratch;
-        scratch.fit(rows, span, cache.head_size);
-        if (i + threads < count && tasks[i + threads].tokens == 1) prefetch_task<T>(tasks[i + threads], cache, batch, spec);
-        run_task<T>(tasks[i], queries, cache, batch, spec, y, scratch);
+        scratch.fit(rows, call.span_blocks() * cache.block_size, cache.head_size);
+        if (i + threads < count && tasks[i + threads].tokens == 1) prefetch_task(call, tasks[i + threads]);
+        Worker<T>{call, tasks[i], scratch}.run();
     });
 }
 

@@ -43,6 +43,12 @@ def test_constants_of_smollm2() -> None:
     shape = smollm2_shape()
     decode = count_step(shape, [Piece(1000, 1, 1, True)])
     assert sum(cost.operations for cost in decode.values()) == 268_959_744 + 69_120 * 1001
+    shared = count_step(shape, [Piece(1000, 1, 1, True), Piece(1000, 1, 1, True, 960)])["attention"]
+    alone = count_step(shape, [Piece(1000, 1, 1, True)] * 2)["attention"]
+    assert shared.operations == alone.operations
+    assert alone.bytes - shared.bytes == 960 * 2 * shape.kv_heads * shape.head_size * shape.item_bytes * len(
+        shape.windows
+    )
     prefill = count_step(shape, [Piece(0, 512, 1, False)])
     assert sum(cost.operations for cost in prefill.values()) == pytest.approx(117.85e9, rel=1e-4)
     assert sum(p.weight_bytes * p.layers for p in shape.products) == 2 * 106_168_320

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headrace.cache.layout import CacheLayout
 from headrace.core import Chunk, Sequence
 from headrace.kernels.base import RaggedBatch
 from headrace.meter.operations import Piece
@@ -48,12 +49,19 @@ def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], block_size: int, device
     )
 
 
-def describe_pieces(scheduled: Rows[tuple[Chunk, Sequence]]) -> list[Piece]:
-    """What the meter counts of a step, before the step changes the sequences."""
-    return [
-        Piece(chunk.start, chunk.length, len(wanted_rows(chunk, sequence)), chunk.start >= sequence.prompt_length)
-        for chunk, sequence in scheduled
-    ]
+def describe_pieces(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout, references: list[int]) -> list[Piece]:
+    """What the meter counts of a step, before the step changes the sequences. references: holders of each block."""
+    whole = next((index for index, group in enumerate(layout.groups) if group.window is None), None)
+    read: set[int] = set()
+    pieces = []
+    for chunk, sequence in scheduled:
+        blocks = [] if whole is None else sequence.tables[whole][: chunk.start // layout.block_size]
+        held = list(takewhile(lambda block: references[block] > 1, blocks))
+        shared = sum(1 for block in held if block in read) * layout.block_size
+        read.update(held)
+        output = chunk.start >= sequence.prompt_length
+        pieces.append(Piece(chunk.start, chunk.length, len(wanted_rows(chunk, sequence)), output, shared))
+    return pieces
 
 
 def wanted_rows(chunk: Chunk, sequence: Sequence) -> range:

@@ -98,7 +98,7 @@ class Engine:
             apply(plan, self.state)
             scheduled = [(chunk, self.state.find(chunk.sequence)) for chunk in plan.chunks]
             batch = build_batch(scheduled, self.cache.layout.block_size, self.cache.device)
-            pieces = describe_pieces(scheduled)
+            pieces = describe_pieces(scheduled, self.cache.layout, self.state.ledger.pool.references)
         with self.meter.watch.part("between kernels"):
             hidden = self.model.forward(batch, self.cache)
         with self.meter.watch.part("sampling"):

@@ -2,7 +2,8 @@
 
 Formulas: 2 operations a weight and token in products, 4 * heads * head size for each token a query sees in attention
 (PaLM, arXiv 2204.02311, appendix B, without its training factor); bytes are those that must move once: weights a step,
-keys and values of each sequence's visible context, what is written. Knows shapes as numbers, no tensor.
+keys and values of every visible context (a prefix that several sequences share counts once), what is written. Knows
+shapes as numbers, no tensor.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ class ModelShape:
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Neighbouring tokens of one sequence that a step computes: `wanted` of them get logits; `output` says that they
-    were said by the model and not given to it."""
+    were said by the model and not given to it; `shared` of the tokens before them are a prefix whose keys and values
+    another piece of the step reads already, where layers see all tokens."""
 
     start: int
     length: int
     wanted: int
     output: bool
+    shared: int = 0
 
 
 @dataclass(slots=True)
@@ -88,7 +91,8 @@ def count_attention(shape: ModelShape, pieces: Iterable[Piece]) -> Cost:
     for piece in pieces:
         for window, layers in kinds.items():
             seen = count_seen(piece.start, piece.length, window)
-            read = piece.start + piece.length if window is None else min(piece.start, window - 1) + piece.length
+            before = piece.start - piece.shared if window is None else min(piece.start, window - 1)
+            read = before + piece.length
             cost.operations += 4.0 * layers * shape.heads * shape.head_size * seen
             cost.bytes += layers * (entry * (read + piece.length) + query * piece.length)
     return cost

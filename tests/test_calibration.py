@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from tiny_gguf import write_gguf
 from torch import Tensor
 
@@ -15,18 +16,30 @@ from headrace.checkpoint import open_checkpoint
 from headrace.cli import main
 from headrace.core import InputError
 from headrace.engine import loading
-from headrace.judge.calibration import STORED, Recorder, calibrate, describe_rounding, has_blocks, record_inputs
+from headrace.judge.calibration import STORED, Recorder, calibrate, describe_rounding, has_blocks, keep, record_inputs
+from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.reference import ReferenceKernels, dequantize
 from headrace.model import ModelSettings, load_model
+from headrace.quant import packed
 from headrace.quant.awq import find_input_scales
 from headrace.quant.gptq import round_by_gptq
 from headrace.quant.int4 import dequantize_groups, round_groups
+from headrace.quant.packed import read_note
+
+PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+# By products of the tiny models; rounding does not look at them.
+GRAMS = {f"model.layers.{layer}.{part}": torch.eye(96) for layer in range(2) for part in PARTS}
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(loading, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def stored_model(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "tiny.gguf", quantise=GGMLQuantizationType.Q4_1)
 
 
 def make_product() -> tuple[Tensor, Tensor]:
@@ -81,28 +94,67 @@ def test_the_best_is_kept_and_used(tiny_model: Path, cache: Path, capsys: pytest
     found = json.loads(capsys.readouterr().out)
     assert set(found["perplexities"]) == {"rounding", "gptq", "awq", "awq and gptq"}
     assert found["best"] == min(found["perplexities"], key=found["perplexities"].get)
+    kept = read_note(next(cache.glob("packed/*")))
+    assert kept.startswith(f"4-bit groups of 64 by {found['best']}, text ")
     with LLM(str(tiny_model), precision="int4", kv_cache_bytes=1 << 22) as after:
-        assert after.resolved["weights"] == f"4-bit groups of 64 by {found['best']}"
+        assert after.resolved["weights"] == kept
     assert main(["quantize", "--text", str(text), "--model", str(tiny_model), "--group", "48"]) == 2
     assert "must be 32, 64 or 128, got 48" in capsys.readouterr().err
 
 
-def test_stored_blocks_win_where_nothing_is_better(tmp_path: Path, cache: Path) -> None:
-    from gguf import GGMLQuantizationType
-
-    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", quantise=GGMLQuantizationType.Q4_1)))
+def test_what_is_kept_is_what_was_found_best(cache: Path, stored_model: Path) -> None:
+    checkpoint, kernels = open_checkpoint(str(stored_model)), ReferenceKernels()
     assert has_blocks(checkpoint)
+    keep(checkpoint, kernels, describe_rounding("rounding", GRAMS, 32, "before"))
+    assert [read_note(path) for path in cache.glob("packed/*")] == ["4-bit groups of 32 by rounding, text before"]
     windows = [[1 + (7 * place + shift) % 90 for place in range(32)] for shift in range(8)]
-    outcome = calibrate(checkpoint, ReferenceKernels(), windows, 32, lambda text: None)
-    assert STORED in outcome.perplexities
-    if outcome.best == STORED:
-        assert not list(cache.glob("packed/*"))
+    outcome = calibrate(checkpoint, kernels, windows, 32, lambda text: None)
+    assert list(outcome.perplexities) == [STORED, "rounding", "gptq", "awq", "awq and gptq"]
+    assert outcome.perplexities[outcome.best] == min(outcome.perplexities.values())
+    notes = [read_note(path).split(",")[0] for path in cache.glob("packed/*")]
+    assert notes == ([] if outcome.best == STORED else [f"4-bit groups of 32 by {outcome.best}"])
     with pytest.raises(InputError, match="4 windows of text or more, found 3"):
-        calibrate(checkpoint, ReferenceKernels(), windows[:3], 32, lambda text: None)
+        calibrate(checkpoint, kernels, windows[:3], 32, lambda text: None)
+
+
+def test_stored_blocks_come_back_where_they_are_best(cache: Path, stored_model: Path) -> None:
+    checkpoint, kernels = open_checkpoint(str(stored_model)), ReferenceKernels()
+    keep(checkpoint, kernels, describe_rounding("rounding", GRAMS, 32, "before"))
+    keep(checkpoint, kernels, None)
+    assert not list(cache.glob("packed/*"))
+
+
+def test_a_disk_that_refuses_keeps_what_was_there(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, stored_model: Path
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    checkpoint, kernels = open_checkpoint(str(stored_model)), ReferenceKernels()
+    keep(checkpoint, kernels, describe_rounding("rounding", GRAMS, 32, "one"))
+    monkeypatch.setattr(packed, "save_file", refuse)
+    with pytest.raises(InputError, match=r"cannot be kept in .*packed: make room"):
+        keep(checkpoint, kernels, describe_rounding("rounding", GRAMS, 32, "two"))
+    assert [read_note(path) for path in cache.glob("packed/*")] == ["4-bit groups of 32 by rounding, text one"]
+
+
+def test_a_job_does_not_go_on_with_other_weights(
+    tiny_model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text\nmill\nriver\n")
+    command = ["run", str(rows), "-o", str(tmp_path / "out.csv"), "--model", str(tiny_model), "--precision", "int4"]
+    command += ["--prompt", "{{ text }}", "--max-tokens", "2", "--kv-cache-bytes", "4MiB"]
+    assert main(command) == 0
+    checkpoint = open_checkpoint(str(tiny_model))
+    keep(checkpoint, CpuKernels(), describe_rounding("rounding", GRAMS, 64, "new"))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "weights was null and is" in capsys.readouterr().err
 
 
 def test_rounding_finds_the_grid_on_which_the_real_models_weights_lie(smollm2_path: Path) -> None:
     weight = open_checkpoint(str(smollm2_path)).tensor("model.layers.3.mlp.down_proj.weight")
-    way = describe_rounding("rounding", {"down": torch.eye(weight.shape[1])}, 32)
+    way = describe_rounding("rounding", {"down": torch.eye(weight.shape[1])}, 32, "none")
     found = dequantize(way.make("down", weight)).float()
     assert float((found - weight).abs().max()) < 2e-3 * float(weight.abs().max())

@@ -24,6 +24,7 @@ from headrace.meter.peaks import count_cores, describe_machine, load_peaks
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model, ModelSettings, load_model
 from headrace.options import EngineOptions
+from headrace.quant.packed import read_note
 from headrace.schedule.fcfs import FirstComeFirstServed
 from headrace.schedule.state import SchedulerState
 
@@ -85,6 +86,12 @@ def name_packed(checkpoint: Checkpoint, precision: str, kernels: str) -> Path:
     facts = json.dumps([checkpoint.hash(), dict(checkpoint.config), precision, kernels, PACKING], default=str)
     name = hashlib.sha256(facts.encode()).hexdigest()[:24]
     return cache_folder() / "packed" / f"{name}.safetensors"
+
+
+def describe_weights(options: EngineOptions, checkpoint: Checkpoint, precision: str, kernels: str) -> str:
+    """How the weights that would be loaded were made, where a text decided it; "" where the checkpoint and the format
+    alone do."""
+    return read_note(name_packed(checkpoint, precision, kernels)) if options.keep_packed else ""
 
 
 def make_cache(model: Model, options: EngineOptions, dtype: torch.dtype) -> PagedCache:

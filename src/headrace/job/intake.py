@@ -17,6 +17,7 @@ import msgspec
 
 from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.core import Constraint, InputError, RowError, SamplingParams
+from headrace.engine.loading import describe_weights
 from headrace.engine.precision import choose_precision
 from headrace.job.drafts import Drafter, default_params
 from headrace.job.journal import Journal, open_journal
@@ -203,12 +204,14 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
     vocabulary = f"{tokenizer.backend.to_str()}\0{tokenizer.chat_template}\0{sorted(tokenizer.eos_token_ids)}"
     engine, run = ask.engine, ask.run
     kernels = choose_kernels(engine.kernels, engine.device, engine.instruction_set)
+    precision = choose_precision(engine, kernels.instruction_set, checkpoint.hash())[0]
     facts = {
         "input": input_hash,
         "model": checkpoint.hash(),
         "model configuration": digest(checkpoint.config),
         "tokenizer": digest(vocabulary),
-        "precision": choose_precision(engine, kernels.instruction_set, checkpoint.hash())[0],
+        "precision": precision,
+        "weights": describe_weights(engine, checkpoint, precision, kernels.name) or None,
         "kernels": kernels.name,
         "instruction_set": kernels.instruction_set,
         "device": engine.device,
@@ -234,5 +237,7 @@ def digest(value: Any) -> str:
 
 def name_system(fingerprint: dict[str, Any]) -> str:
     """OpenAI's system_fingerprint: equal where model, arithmetic and version are."""
-    parts = [fingerprint.get(name) for name in ("model", "precision", "kernels", "device", "version of headrace")]
+    parts = [
+        fingerprint.get(name) for name in ("model", "precision", "weights", "kernels", "device", "version of headrace")
+    ]
     return f"fp_{digest(parts)[:12]}"

@@ -4,9 +4,10 @@ them kept for `--precision int4`. Which is best is measured on a part of the tex
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from headrace.model import Model, ModelSettings, Rounding, load_model
 from headrace.quant.awq import find_input_scales
 from headrace.quant.gptq import round_by_gptq
 from headrace.quant.int4 import Int4, round_groups
+from headrace.quant.packed import read_note
 
 # Of the windows, so many in a row are measured on: the last ones.
 JUDGED_SHARE = 0.25
@@ -85,7 +87,8 @@ def calibrate(checkpoint: Checkpoint, kernels: Kernels, windows: Windows, group:
     del plain
     # Of equal ones the first is kept: a checkpoint's own blocks, then the simplest.
     ways: dict[str, Rounding | None] = {STORED: None} if has_blocks(checkpoint) else {}
-    ways |= {name: describe_rounding(name, grams, group) for name in METHODS}
+    text = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8]
+    ways |= {name: describe_rounding(name, grams, group, text) for name in METHODS}
     found = {}
     for name, way in ways.items():
         tell(name)
@@ -105,8 +108,8 @@ def record_inputs(model: Model, recorder: Recorder, windows: Windows) -> dict[st
     return {each.name: recorder.grams[id(each.weight)] for each in model.products[:-1]}
 
 
-def describe_rounding(method: str, grams: dict[str, Tensor], group: int) -> Rounding:
-    """A method by its name, as loading takes it."""
+def describe_rounding(method: str, grams: dict[str, Tensor], group: int, text: str) -> Rounding:
+    """A method by its name, as loading takes it. text tells one text from another in what a job remembers."""
     format = Int4(group)
 
     def make(name: str, weight: Tensor) -> Matrix:
@@ -117,16 +120,19 @@ def describe_rounding(method: str, grams: dict[str, Tensor], group: int) -> Roun
         parts = round_by_gptq(wide, gram, group) if "gptq" in method else round_groups(wide, group)
         return replace(format.describe(*parts), input_scales=None if scales is None else 1 / scales)
 
-    return Rounding(f"4-bit groups of {group} by {method}", make)
+    return Rounding(f"4-bit groups of {group} by {method}, text {text}", make)
 
 
-def keep(checkpoint: Checkpoint, kernels: Kernels, way: Rounding | None) -> Path:
-    """Make what `--precision int4` loads from now on: by a method, or as it would be without any calibration."""
+def keep(checkpoint: Checkpoint, kernels: Kernels, way: Rounding | None) -> None:
+    """Make what `--precision int4` loads from now on: by a method, or as it would be without any calibration. What was
+    kept before is replaced at once or stays. Raises InputError where the disk refuses."""
     path = name_packed(checkpoint, "int4", kernels.name)
-    path.unlink(missing_ok=True)
-    if way is not None:
-        load_model(checkpoint, kernels, ModelSettings(precision="int4", packed_path=path, rounding=way))
-    return path
+    if way is None:
+        path.unlink(missing_ok=True)
+        return
+    load_model(checkpoint, kernels, ModelSettings(precision="int4", packed_path=path, rounding=way))
+    if read_note(path) != way.note:
+        raise InputError(f"the 4-bit weights cannot be kept in {path.parent}: make room there and run it again")
 
 
 def has_blocks(checkpoint: Checkpoint) -> bool:

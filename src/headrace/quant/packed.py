@@ -28,6 +28,15 @@ Numbers = tuple[int, ...]
 Parts = dict[str, Tensor]
 
 
+def read_note(path: Path) -> str:
+    """How a packed file's weights were made, where that was not the usual way; "" for others and for no file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get(NOTE, ""))
+    except (OSError, SafetensorError):
+        return ""
+
+
 class PackedFile:
     """Parts (tensors by name, and whole numbers) by the name of what they are parts of. `path` None keeps nothing.
 

@@ -21,7 +21,7 @@ constexpr int TILES_PER_TASK = 8;
 template <class Lanes, int ROWS, int SPAN>
 inline void accumulate(const uint32_t* x, int64_t stride, const uint32_t* panel, const uint32_t* ahead, int64_t from, int64_t to,
                        typename Lanes::Sum (&sums)[ROWS][SPAN]) {
-    // A tile that is not full is alone with its panel, and fetches all of the next one.
+    // A tile that is not full is mostly the only one of its panel: it fetches all of the next, where full ones take half.
     constexpr int STEPS = Lanes::STEPS, LINES = ROWS < Lanes::ROWS ? 2 : 1;
     // Three rows share a pointer: [p], [p + stride], [p + 2 stride] are addresses of one instruction, and the processor
     // has not registers enough for a pointer each.

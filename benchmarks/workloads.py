@@ -14,12 +14,15 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
 from headrace import LLM, SamplingParams
 
 KINDS = ("prefill", "decode", "mixed", "prefix", "rag")
+# Piles that share prefixes in other ways: one instruction, questions to documents, a tree of three levels.
+SHARING = ("few-shot", "documents", "tree")
 Row = tuple[list[int], int]
 
 
@@ -36,6 +39,8 @@ def make_rows(kind: str, seed: int = 0, vocabulary: int = 49_000) -> list[Row]:
         return [(text(32), 128) for _ in range(64)]
     if kind == "mixed":
         return [(text(source.randrange(32, 512)), source.randrange(16, 128)) for _ in range(64)]
+    if kind in SHARING:
+        return share_prefixes(kind, source, text)
     if kind == "prefix":
         shared = [text(512) for _ in range(8)]
         rows = [(prefix + text(64), 64) for prefix in shared for _ in range(16)]
@@ -45,6 +50,20 @@ def make_rows(kind: str, seed: int = 0, vocabulary: int = 49_000) -> list[Row]:
     return [([*chain.from_iterable(source.sample(chunks, 4)), *text(32)], 32) for _ in range(32)]
 
 
+def share_prefixes(kind: str, source: random.Random, text: Callable[[int], list[int]]) -> list[Row]:
+    if kind == "few-shot":
+        instruction = text(600)
+        return [(instruction + text(source.randrange(60, 300)), 4) for _ in range(500)]
+    if kind == "documents":
+        rows = [(document + text(24), 32) for document in (text(1024) for _ in range(8)) for _ in range(40)]
+    else:
+        roots = [root + branch for root in (text(128) for _ in range(2)) for branch in (text(256) for _ in range(4))]
+        inner = [root + text(128) for root in roots for _ in range(4)]
+        rows = [(prefix + text(32), 32) for prefix in inner for _ in range(6)]
+    source.shuffle(rows)
+    return rows
+
+
 def read_rows(path: str) -> list[Row]:
     rows = (json.loads(line) for line in Path(path).read_text().splitlines())
     return [(row["prompt_token_ids"], row["max_tokens"]) for row in rows]
@@ -52,7 +71,8 @@ def read_rows(path: str) -> list[Row]:
 
 def measure(rows: list[Row], options: argparse.Namespace) -> tuple[float, float]:
     """Seconds of one run on a fresh engine, loading not counted, and the share of prompt tokens found in cache."""
-    settings = {"kernels": options.kernels, "step_tokens": options.step_tokens}
+    settings = {"kernels": options.kernels, "step_tokens": options.step_tokens, "schedule": options.schedule}
+    settings["max_sequences"] = options.max_sequences
     with LLM(options.model, precision=options.precision, threads=options.threads, **settings) as llm:
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for _, count in rows]
         llm.generate([[100, 101, 102]], SamplingParams(max_tokens=2))
@@ -68,13 +88,17 @@ def measure(rows: list[Row], options: argparse.Namespace) -> tuple[float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help=f"any of {', '.join(KINDS)}; all if none is named")
+    parser.add_argument(
+        "kinds", nargs="*", help=f"any of {', '.join(KINDS + SHARING)}; the first five if none is named"
+    )
     parser.add_argument("--rows", help="a file of rows instead of a kind")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--step-tokens", type=int, default=1024)
+    parser.add_argument("--schedule", default="planned")
+    parser.add_argument("--max-sequences", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     piles = (

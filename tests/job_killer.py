@@ -40,7 +40,7 @@ def main(model: Path, source: str, output: Path, kills: int) -> None:
         if child == 0:
             answer(model, source, output)
         if killed < kills:
-            time.sleep(source_of_delays.uniform(0.0, 0.1))
+            time.sleep(source_of_delays.uniform(0.0, 0.2))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)

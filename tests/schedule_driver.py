@@ -10,9 +10,11 @@ from typing import Any
 from headrace.cache.layout import CacheLayout
 from headrace.core import Request, SamplingParams, Sequence, StepPlan
 from headrace.options import EngineOptions
-from headrace.schedule.apply import abort, advance, apply, finish
+from headrace.schedule.apply import abort, advance, apply, arrange, finish
+from headrace.schedule.base import Schedule
 from headrace.schedule.fcfs import FirstComeFirstServed
 from headrace.schedule.state import SchedulerState
+from headrace.schedule.step import plan_step
 
 
 def make_state(windows: list[int | None], num_blocks: int, block_size: int = 4, **options: Any) -> SchedulerState:
@@ -38,7 +40,7 @@ def snapshot(state: SchedulerState) -> Any:
             (ledger.pool.references, ledger.pool._free, ledger.pool._cached, list(ledger.pool._evictable)),
             [(block, id(node), group, node.blocks, node.pins) for block, (node, group) in tree.places.items()],
             [(id(node), tokens, count) for (node, tokens), count in tree.promises.items()],
-            (list(state.forecast._recent), state.forecast._ordered, ledger.shared, ledger._holders),
+            (vars(state.lengths), ledger.shared, ledger._holders),
         )
     )
 
@@ -53,6 +55,7 @@ class Driver:
     computed_tokens: int = 0
     numbers: int = 0
     vocabulary: int = 1 << 30
+    schedule: Schedule = field(default_factory=FirstComeFirstServed)
 
     def add(
         self,
@@ -77,7 +80,8 @@ class Driver:
         abort(sequence, self.state)
 
     def plan(self) -> StepPlan:
-        return FirstComeFirstServed().plan(self.state, self.state.limits)
+        arrange(self.schedule, self.state)
+        return plan_step(self.state, self.state.limits)
 
     def execute(self, plan: StepPlan) -> list[Sequence]:
         """Apply, compute, sample, finish: the sequences that ended."""

@@ -28,7 +28,9 @@ class Record:
 
 @dataclass
 class Oracle:
-    """`windows` has one entry a cache group: its window, or None. `content` maps (group, tokens up to the block's end)
+    """`lengths` has (max_tokens, output) of what finished.
+
+    `windows` has one entry a cache group: its window, or None. `content` maps (group, tokens up to the block's end)
     to a block; `stale` lists cached blocks that nobody holds, the longest unused first."""
 
     windows: list[int | None]
@@ -39,7 +41,7 @@ class Oracle:
     prefix_cache: bool = True
     waiting: list[Record] = field(default_factory=list)
     running: list[Record] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    lengths: list[tuple[int, int]] = field(default_factory=list)
     content: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
     stale: list[int] = field(default_factory=list)
     free: list[int] = field(default_factory=list)
@@ -184,8 +186,11 @@ class Oracle:
             return 0
         generated = len(record.tokens) - record.prompt
         most = record.max_tokens - generated
-        longer = sorted(length for length in self.lengths[-1000:] if length > generated)
-        if not record.certain and len(self.lengths[-1000:]) >= 32 and longer:
+        known = [length for kind, length in self.lengths if kind == record.max_tokens][-1000:]
+        if len(known) < 32:
+            known = [length for _, length in self.lengths][-1000:]
+        longer = sorted(length for length in known if length > generated)
+        if not record.certain and len(known) >= 32 and longer:
             quantile = (record.number * 2654435769) % 2**32
             most = min(most, longer[quantile * len(longer) // 2**32] - generated)
         return max(most, 1)
@@ -267,7 +272,7 @@ class Oracle:
         else:
             self.waiting.remove(record)
         if learn and not record.score and not record.certain:
-            self.lengths.append(len(record.tokens) - record.prompt)
+            self.lengths.append((record.max_tokens, len(record.tokens) - record.prompt))
 
     def find(self, number: int) -> Record:
         return next(each for each in self.waiting + self.running if each.number == number)

@@ -17,7 +17,8 @@ LOWEST = {"core", "options", "meter"}
 LEVELS = [
     {"", "__main__"},
     {"cli"},
-    {"server", "job", "plan", "judge"},
+    {"server", "job", "judge"},
+    {"plan"},
     {"llm"},
     {"engine"},
     {"schedule", "model"},

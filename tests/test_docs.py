@@ -16,7 +16,7 @@ from headrace.cli.settings import all_settings
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 FLAGS = {setting.flag for setting in all_settings()} | {"--config", "--help", "--json", "-o"}
-FLAGS |= {"--text", "--against", "--window", "--tokens", "--html", "--group"}
+FLAGS |= {"--text", "--against", "--window", "--tokens", "--html", "--group", "--compare", "--expect-output"}
 FLAGS |= {"--no-" + setting.flag[2:] for setting in all_settings() if setting.kind == "flag"}
 
 
@@ -37,7 +37,7 @@ def test_pages_show_commands_and_code() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page: Path) -> None:
     for command in commands(page):
-        assert command[1] in ("run", "pull", "models", "bench", "eval", "report", "quantize"), command
+        assert command[1] in ("run", "pull", "models", "bench", "eval", "report", "quantize", "plan"), command
         assert not [word for word in command if word.startswith("-") and word != "-" and word not in FLAGS], command
         named = [word for word in command if word.startswith("examples/")]
         assert not [word for word in named if not (ROOT / word).exists()], command

@@ -32,6 +32,7 @@ from headrace.job.stop import JobStopped
 from headrace.llm import LLM
 from headrace.meter.counters import Counters
 from headrace.options import RunOptions, SamplingOptions
+from headrace.schedule.planned import Planned
 
 REPORT_KEYS = {
     "requests", "succeeded", "failed", "prompt_tokens", "cached_prompt_tokens", "computed_prompt_tokens",
@@ -206,10 +207,11 @@ def test_json_progress_is_lines_of_json(tiny_model: Path, tmp_path: Path, capsys
     report = run(tiny_model, source, tmp_path / "out.jsonl", quiet=False, json=True)
     printed = capsys.readouterr()
     events = [json.loads(line) for line in printed.out.splitlines()]
-    assert printed.err == "" and [event["event"] for event in events] == ["message", "progress", "report"]
+    assert printed.err == "" and [event["event"] for event in events] == ["message", "forecast", "progress", "report"]
     assert events[0]["message"].startswith("loading ")
-    assert (events[1]["rows_done"], events[1]["rows_total"], events[1]["errors"]) == (3, 3, 0)
-    assert {name: value for name, value in events[2].items() if name != "event"} == report
+    assert events[1]["seconds"] is None, "nobody has measured a tiny random model's steps"
+    assert (events[2]["rows_done"], events[2]["rows_total"], events[2]["errors"]) == (3, 3, 0)
+    assert {name: value for name, value in events[3].items() if name != "event"} == report
 
 
 def test_quiet_prints_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,10 +262,13 @@ def test_reading_pauses_however_long_the_input_is(kind: str, tiny_model: Path, t
     with LLM(**vars(engine_options(tiny_model))) as llm:
         drafter = CountingDrafter(BatchDrafter(llm.tokenizer, SamplingParams(max_tokens=2), "error"))
         feed = Feed(rows(), drafter, llm.engine, llm.tokenizer, Journal(tmp_path / "journal"))
-        finished = feed.top_up(16)
+        finished = feed.top_up()
+        while feed.wanting and not finished:
+            finished = feed.top_up()
         assert len(finished) == (256 if kind == "wrong" else 0)
-        assert drafter.asked == {"equal": MOST_PENDING, "different": 256, "wrong": 0}[kind]
-        assert llm.engine.unfinished == {"equal": 1, "different": 256, "wrong": 0}[kind]
+        window = Planned.window
+        assert drafter.asked == {"equal": MOST_PENDING, "different": window, "wrong": 0}[kind]
+        assert llm.engine.unfinished == {"equal": 1, "different": window, "wrong": 0}[kind]
 
 
 def test_a_library_call_is_a_whole_job(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""First come, first served: what every plan promises, for any arrivals, lengths, aborts and budgets."""
+"""What every plan promises under every schedule, for any arrivals, lengths, aborts and budgets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from schedule_driver import Driver, make_state, snapshot
 
 from headrace.core import Admission, Chunk, StepPlan
-from headrace.schedule.apply import apply
+from headrace.schedule.apply import apply, arrange
+from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.state import Limits
 
 WINDOWS: list[list[int | None]] = [[None], [None, None], [7], [5, None], [4, 4, 11, 11, None, None]]
@@ -39,6 +40,7 @@ def piles(draw: st.DrawFn) -> dict[str, Any]:
         "max_sequences": draw(st.integers(1, 12)),
         "prefix_cache": draw(st.booleans()),
         "short_past": draw(st.booleans()),
+        "schedule": draw(st.sampled_from(sorted(SCHEDULES))),
         "requests": draw(st.lists(request, min_size=1, max_size=25)),
     }
 
@@ -50,9 +52,8 @@ def open_pile(pile: dict[str, Any]) -> Driver:
     for request in pile["requests"]:
         request["most"] = request["length"] + (0 if request["exact"] else request["slack"])
     fits = max(probe.blocks_for(len(each["prompt"]) + each["most"]) for each in pile["requests"])
-    driver = Driver(
-        make_state(pile["windows"], fits + pile["spare_blocks"], pile["block_size"], **options), vocabulary=2
-    )
+    state = make_state(pile["windows"], fits + pile["spare_blocks"], pile["block_size"], **options)
+    driver = Driver(state, vocabulary=2, schedule=SCHEDULES[pile["schedule"]]())
     if pile["short_past"]:
         for _ in range(40):
             driver.add([1], 1, max_tokens=2)
@@ -100,6 +101,7 @@ def test_any_pile_finishes_within_its_budgets_and_leaks_nothing(pile: dict[str, 
                 driver.abort(state.find(number))
                 expected -= 1
         if state.sequences:
+            arrange(driver.schedule, state)
             before = snapshot(state)
             plan = driver.plan()
             assert plan == driver.plan() and snapshot(state) == before

@@ -17,6 +17,7 @@ from headrace.engine.loading import load_engine
 from headrace.engine.outputs import RequestOutput
 from headrace.meter.report import describe_run
 from headrace.options import DEFAULT_MODEL, EngineOptions
+from headrace.schedule.window import Window
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -187,9 +188,10 @@ class LLM:
         texts: dict[str, str | None] = {}
         began = time.perf_counter()
         try:
+            window, tokens = Window(engine.state, engine.schedule), 0
             supply: Iterator[tuple[Request, str | None]] | None = requests
             while supply is not None or engine.unfinished:
-                while supply is not None and engine.waiting < 2 * self.options.max_sequences:
+                while supply is not None and window.wants(tokens):
                     request, text = next(supply, (None, None))
                     if request is None:
                         supply = None
@@ -197,10 +199,12 @@ class LLM:
                     try:
                         engine.add(request)
                         texts[request.id] = text
+                        tokens += len(request.prompt_token_ids)
                     except RowError as error:
                         yield RequestOutput(request.id, text, list(request.prompt_token_ids), [], error=error)
                 for output in engine.step():
                     output.prompt = texts.pop(output.request_id)
+                    tokens -= len(output.prompt_token_ids)
                     yield output
         finally:
             for request_id in texts:

@@ -66,6 +66,16 @@ class EngineOptions(Options):
     )
     step_tokens: int = setting(1024, "Most tokens computed in one step; prefill is cut into chunks to fit.", low=1)
     max_sequences: int = setting(128, "Most sequences that run at once.", low=1)
+    schedule: Literal["planned", "fcfs", "shortest", "random"] = setting(
+        "planned",
+        "Which rows run first: as planned over all that wait, so that shared prefixes are computed once and are short-"
+        "lived; as they come; the shortest; or in an order that knows nothing, to compare. Results are the same.",
+    )
+    admission: Literal["forecast", "aggressive", "conservative"] = setting(
+        "forecast",
+        "How much KV memory a new row must find: what outputs so far let expect, what rows hold now, or the most that "
+        "they can ask for.",
+    )
     max_context: int | None = setting(
         None, "Most tokens of a prompt and its output; the model's own limit if not given.", low=2
     )

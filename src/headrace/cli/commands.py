@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from headrace import __version__
-from headrace.cli.config import resolve
+from headrace.cli.config import default_output, resolve
+from headrace.cli.flags import add_settings
 from headrace.cli.grouped import GroupedCommand
 from headrace.cli.measuring import bench, judge, quantize, report
-from headrace.cli.settings import Setting, all_settings
-from headrace.core import InputError
+from headrace.cli.planning import PLAN_FLAGS, plan
 
 app = typer.Typer(
     name="headrace",
@@ -73,46 +71,8 @@ def run(input: str, output: str | None, config: Path | None, **flags: object) ->
     run_job(input, target, *settings)
 
 
-def default_output(source: str) -> str:
-    """Where the answers go without -o: NAME.out.jsonl in the current folder for an input NAME.anything."""
-    if source == "-":
-        raise InputError("say where the answers go with -o OUTPUT when the input is standard input")
-    return f"{Path(source).stem}.out.jsonl"
-
-
-def make_parameter(setting: Setting) -> inspect.Parameter:
-    """The command-line parameter of one setting. None means not given: then TOML or the default decides."""
-    flag = f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind == "flag" else setting.flag
-    option = typer.Option(
-        flag,
-        help=f"{setting.meaning} [{setting.default_text}]" if setting.default_text else setting.meaning,
-        metavar=setting.metavar or None,
-        show_default=False,
-        rich_help_panel=setting.group,
-    )
-    kinds: dict[str, Any] = {"flag": bool | None, "list": list[str] | None}
-    hint = Annotated[kinds.get(setting.kind, str | None), option]  # type: ignore[valid-type]
-    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
-
-
-def add_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command a signature with its own parameters and one for every setting, for typer to read."""
-    source = typer.Argument(metavar="INPUT", help="Rows to answer, or - for standard input.", show_default=False)
-    target = typer.Option("--output", "-o", metavar="OUTPUT", help="Where answers go; NAME.out.jsonl if not given.")
-    config = typer.Option("--config", metavar="FILE.toml", help="Settings from a file; flags given here win over it.")
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    own = [
-        inspect.Parameter("input", keyword, annotation=Annotated[str, source]),
-        inspect.Parameter("output", keyword, default=None, annotation=Annotated[str | None, target]),
-        inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config]),
-    ]
-    parameters = own + [make_parameter(setting) for setting in all_settings()]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
-
-
 app.command(cls=GroupedCommand)(add_settings(run))
+app.command(cls=GroupedCommand)(add_settings(plan, PLAN_FLAGS))
 app.command(cls=GroupedCommand)(report)
 app.command(cls=GroupedCommand)(quantize)
 app.add_typer(bench, name="bench")

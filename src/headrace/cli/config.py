@@ -56,3 +56,10 @@ def resolve(flags: Mapping[str, object], config: Path | None = None) -> Settings
         return {name: values[name] for name in names if name in values}
 
     return Settings(EngineOptions(**pick("Model")), SamplingOptions(**pick("Sampling")), RunOptions(**pick("Run")))
+
+
+def default_output(source: str) -> str:
+    """Where the answers go without -o: NAME.out.jsonl in the current folder for an input NAME.anything."""
+    if source == "-":
+        raise InputError("say where the answers go with -o OUTPUT when the input is standard input")
+    return f"{Path(source).stem}.out.jsonl"

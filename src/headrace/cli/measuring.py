@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from headrace.cli.grouped import GroupedCommand
+from headrace.cli.planning import write_page
 from headrace.core import InputError
 from headrace.options import DEFAULT_MODEL
 
@@ -58,6 +59,41 @@ def peaks(threads: Threads = None, instruction_set: InstructionSet = "auto", as_
         products = ", ".join(f"{value / 1e9:.0f} at {rows} rows" for rows, value in found.products[name].items())
         typer.echo(f"{name:5} {rate / 1e9:5.0f} G operations/s at most; products {products}")
     typer.echo("memory " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in found.memory.items()))
+
+
+@bench.command(cls=GroupedCommand)
+def steps(
+    model: Model = DEFAULT_MODEL,
+    precision: Precision = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a step takes with a model on this machine, and keep it for forecasts.
+
+    Some two hundred steps of different form, and a small pile to check the result with. `headrace plan` and `headrace
+    run` then say beforehand how long a job takes. Times that scatter too much are refused.
+
+    \\b
+    Example:
+      headrace bench steps --model smollm2-135m --precision int8
+    """
+    from rich.console import Console
+
+    from headrace.llm import LLM
+    from headrace.meter.step_time import save_step_time
+    from headrace.plan.fitting import fit_step_time
+
+    with LLM(model, precision=precision, threads=threads) as llm:  # type: ignore[arg-type]
+        with Console(stderr=True).status("measuring") as status:
+            found = fit_step_time(llm, status.update)
+        path = save_step_time(found)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    typer.echo(f"{found.setting}; kept in {path}")
+    for name, table in (("tokens", found.tokens), ("sequences", found.wanted)):
+        typer.echo(f"{name:10} " + ", ".join(f"{count}: {seconds * 1e3:.2f} ms" for count, seconds in table))
+    typer.echo(f"a small pile was foreseen with an error of {found.error:.1%}")
 
 
 @judge.command(cls=GroupedCommand)
@@ -190,10 +226,7 @@ def report(
         return
     from headrace.meter.page import draw_page
 
-    try:
-        html.write_text(draw_page(found), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{html} cannot be written: {error.strerror}") from error
+    write_page(html, draw_page(found))
     typer.echo(html)
 
 

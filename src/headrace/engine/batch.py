@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from itertools import accumulate, takewhile
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headrace.cache.layout import CacheLayout
 from headrace.core import Chunk, Sequence
 from headrace.kernels.base import RaggedBatch
-from headrace.meter.operations import Piece
+from headrace.schedule.pieces import wanted_rows
 
 
 def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], block_size: int, device: str) -> RaggedBatch:
@@ -47,29 +46,6 @@ def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], block_size: int, device
         slots=tuple(send(slot + positions % block_size) for slot in slots),
         logit_rows=send(np.array(logit_rows, dtype=np.int64)),
     )
-
-
-def describe_pieces(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout, references: list[int]) -> list[Piece]:
-    """What the meter counts of a step, before the step changes the sequences. references: holders of each block."""
-    whole = next((index for index, group in enumerate(layout.groups) if group.window is None), None)
-    read: set[int] = set()
-    pieces = []
-    for chunk, sequence in scheduled:
-        blocks = [] if whole is None else sequence.tables[whole][: chunk.start // layout.block_size]
-        held = list(takewhile(lambda block: references[block] > 1, blocks))
-        shared = sum(1 for block in held if block in read) * layout.block_size
-        read.update(held)
-        output = chunk.start >= sequence.prompt_length
-        pieces.append(Piece(chunk.start, chunk.length, len(wanted_rows(chunk, sequence)), output, shared))
-    return pieces
-
-
-def wanted_rows(chunk: Chunk, sequence: Sequence) -> range:
-    """The chunk's tokens, counted from its start, whose logits are wanted."""
-    if sequence.request.score:
-        return range(min(chunk.length, len(sequence.tokens) - 1 - chunk.start))
-    reaches_end = chunk.start + chunk.length == len(sequence.tokens)
-    return range(chunk.length - 1, chunk.length) if reaches_end else range(0)
 
 
 def groups(scheduled: Rows[tuple[Chunk, Sequence]]) -> range:

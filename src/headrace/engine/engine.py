@@ -11,7 +11,7 @@ from torch import Tensor
 from headrace.cache.paged import PagedCache
 from headrace.checkpoint import Tokenizer
 from headrace.core import Chunk, Request, RowError, Sequence, StepPlan
-from headrace.engine.batch import build_batch, describe_pieces, wanted_rows
+from headrace.engine.batch import build_batch
 from headrace.engine.generation import Generation
 from headrace.engine.outputs import RequestOutput
 from headrace.engine.sampling import Choice, sample
@@ -20,9 +20,11 @@ from headrace.meter.counters import Counters
 from headrace.meter.meter import Meter
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model
-from headrace.schedule.apply import abort, advance, apply, finish
+from headrace.schedule.apply import abort, advance, apply, arrange, finish
 from headrace.schedule.base import Schedule
+from headrace.schedule.pieces import describe_pieces, wanted_rows
 from headrace.schedule.state import SchedulerState
+from headrace.schedule.step import plan_step
 
 # Logit rows computed at once: bounds the memory of scoring long prompts.
 LOGIT_ROWS = 256
@@ -92,7 +94,8 @@ class Engine:
         """Compute one batch of tokens; the requests that it finished."""
         began = time.perf_counter()
         with self.meter.watch.part("scheduling"):
-            plan = self.schedule.plan(self.state, self.state.limits)
+            arrange(self.schedule, self.state)
+            plan = plan_step(self.state, self.state.limits)
             if not plan.chunks:
                 return []
             apply(plan, self.state)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from headrace.cache.layout import CacheLayout
 from headrace.cache.paged import PagedCache, block_bytes
 from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.checkpoint.hashes import cache_folder
@@ -18,14 +19,16 @@ from headrace.engine.engine import Engine
 from headrace.engine.memory import read_available_bytes
 from headrace.engine.precision import choose_precision
 from headrace.kernels import choose_kernels
+from headrace.kernels.base import Kernels
 from headrace.kernels.timed import TimedKernels
 from headrace.meter.meter import Meter
 from headrace.meter.peaks import count_cores, describe_machine, load_peaks
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model, ModelSettings, load_model
-from headrace.options import EngineOptions
+from headrace.model.config import ModelConfig
+from headrace.options import EngineOptions, PrecisionName
 from headrace.quant.packed import read_note
-from headrace.schedule.fcfs import FirstComeFirstServed
+from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.state import SchedulerState
 
 # Raised whenever weights are quantised or packed in another way: what lies in the cache folder is then made anew.
@@ -43,16 +46,36 @@ class LoadedEngine:
     resolved: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the settings come to on this machine for one model, before any weight is read."""
+
+    kernels: Kernels
+    precision: PrecisionName
+    precision_reason: str
+    threads: int
+
+    @property
+    def machine(self) -> str:
+        return describe_machine(self.kernels.instruction_set)
+
+
+def choose(options: EngineOptions, checkpoint: Checkpoint) -> Choice:
+    """Raises InputError for settings that cannot work here."""
+    kernels = choose_kernels(options.kernels, options.device, options.instruction_set)
+    precision, why = choose_precision(options, kernels.instruction_set, checkpoint.hash())
+    return Choice(kernels, precision, why, options.threads or count_cores())
+
+
 def load_engine(options: EngineOptions) -> LoadedEngine:
     """Load the model and give it a KV cache within the budget.
 
     Raises ModelError for a model that cannot be used, InputError for settings that cannot work here.
     """
     watch = Stopwatch()
-    kernels = TimedKernels(choose_kernels(options.kernels, options.device, options.instruction_set), watch)
-    threads = options.threads or count_cores()
     checkpoint = open_checkpoint(options.model)
-    precision, why = choose_precision(options, kernels.instruction_set, checkpoint.hash())
+    choice = choose(options, checkpoint)
+    kernels, precision, threads = TimedKernels(choice.kernels, watch), choice.precision, choice.threads
     settings = ModelSettings(
         precision=precision,
         device=options.device,
@@ -66,11 +89,11 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     context = model.config.context_length
     state = SchedulerState.create(cache.layout, cache.num_blocks, options, context, cache.block_bytes)
     tokenizer = checkpoint.tokenizer()
-    meter = Meter(model.shape, load_peaks(describe_machine(kernels.instruction_set), threads), watch)
-    engine = Engine(model, tokenizer, cache, state, FirstComeFirstServed(), options.seed, meter)
+    meter = Meter(model.shape, load_peaks(choice.machine, threads), watch)
+    engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule](), options.seed, meter)
     resolved = asdict(options) | {
         "precision": precision,
-        "precision_reason": why,
+        "precision_reason": choice.precision_reason,
         "weights": model.note,
         "instruction_set": kernels.instruction_set,
         "kernels": kernels.name,
@@ -96,12 +119,18 @@ def describe_weights(options: EngineOptions, checkpoint: Checkpoint, precision: 
 
 def make_cache(model: Model, options: EngineOptions, dtype: torch.dtype) -> PagedCache:
     """A KV cache of as many whole blocks as the budget holds. Raises InputError if that is none."""
+    num_blocks, _ = size_cache(model.config, model.layout, options, dtype)
     config = model.config
-    bytes_each = block_bytes(model.layout, config.kv_heads, config.head_size, dtype)
+    return PagedCache(model.layout, num_blocks, config.kv_heads, config.head_size, dtype, options.device)
+
+
+def size_cache(config: ModelConfig, layout: CacheLayout, options: EngineOptions, dtype: torch.dtype) -> tuple[int, int]:
+    """Blocks that the KV budget holds, and bytes of each. Raises InputError if it holds none."""
+    bytes_each = block_bytes(layout, config.kv_heads, config.head_size, dtype)
     budget = options.kv_cache_bytes or int(read_available_bytes() * options.kv_memory_share)
     num_blocks = budget // bytes_each
     if num_blocks < 1:
         raise InputError(
             f"kv_cache_bytes of {budget} holds no KV block: one block of this model takes {bytes_each} bytes"
         )
-    return PagedCache(model.layout, num_blocks, config.kv_heads, config.head_size, dtype, options.device)
+    return num_blocks, bytes_each

@@ -19,23 +19,26 @@ from headrace.job.drafts import Draft, Drafter, encode_drafts, make_request, sha
 from headrace.job.journal import Finished, Journal
 from headrace.job.records import Answer, Record, failed, make_answer, now
 from headrace.job.sources import Row
+from headrace.schedule.window import Window
 
 ROWS_A_CALL = 256
-MOST_PENDING = 8192
-MOST_PENDING_TOKENS = 1_000_000
+MOST_PENDING = 32_768
 
 
 @dataclass(slots=True)
 class Flow:
     """What has passed through a feed: rows read, prompt tokens brought to the engine, output tokens it gave back.
 
-    `shared` rows were answered from an equal one. Prompts count once a continuation, as the engine counts them.
+    `shared` rows were answered from an equal one. Prompts count once a continuation, as the engine counts them. `held`
+    rows and their prompt tokens are on their way.
     """
 
     rows: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     shared: int = 0
+    held_rows: int = 0
+    held_tokens: int = 0
 
 
 class Pending:
@@ -59,29 +62,33 @@ class Feed:
         self.journal = journal
         self.exhausted = False
         self.flow = Flow()
+        self.window = Window(engine.state, engine.schedule)
         self._rows = rows
         self._pending: dict[str, Pending] = {}
         self._by_key: dict[bytes, Pending] = {}
-        self._held = 0
-        self._tokens = 0
         self._decode = lru_cache(maxsize=65536)(tokenizer.token_bytes)
 
     @property
     def complete(self) -> bool:
         return self.exhausted and not self._pending
 
-    def top_up(self, wanted: int) -> list[Finished]:
-        """Read on until `wanted` continuations wait in the engine; the rows that were finished on the way."""
+    @property
+    def wanting(self) -> bool:
+        """Whether more rows should be read before the engine's next step."""
+        return not self.exhausted and self.flow.held_rows < MOST_PENDING and self.window.wants(self.flow.held_tokens)
+
+    def top_up(self) -> list[Finished]:
+        """Read some rows, if any are wanted; those that were finished on the way."""
         finished: list[Finished] = []
-        while self._has_room(wanted) and len(finished) < ROWS_A_CALL:
+        if self.wanting:
             rows = list(islice(self._rows, ROWS_A_CALL))
-            if not rows:
+            if rows:
+                done = self.journal.finished_between(rows[0].index, rows[-1].index)
+                new = [row for row in rows if row.index not in done]
+                self.flow.rows += len(new)
+                self._take(new, finished)
+            else:
                 self.exhausted = True
-                break
-            done = self.journal.finished_between(rows[0].index, rows[-1].index)
-            new = [row for row in rows if row.index not in done]
-            self.flow.rows += len(new)
-            self._take(new, finished)
         return finished
 
     def collect(self, outputs: list[RequestOutput]) -> list[Finished]:
@@ -91,8 +98,8 @@ class Feed:
             pending = self._pending.pop(output.request_id)
             if pending.key is not None:
                 del self._by_key[pending.key]
-            self._tokens -= len(pending.request.prompt_token_ids) * len(pending.rows)
-            self._held -= len(pending.rows)
+            self.flow.held_tokens -= len(pending.request.prompt_token_ids) * len(pending.rows)
+            self.flow.held_rows -= len(pending.rows)
             self.flow.shared += len(pending.rows) - 1
             with self.engine.meter.watch.part("tokenization"):
                 answer = make_answer(output, self._decode)
@@ -100,11 +107,6 @@ class Feed:
             for draft, shortened in pending.rows:
                 finished.append(self._finish(draft, answer, shortened, pending.key))
         return finished
-
-    def _has_room(self, wanted: int) -> bool:
-        if self.exhausted or self._held >= MOST_PENDING:
-            return False
-        return self.engine.waiting < wanted and (self._tokens < MOST_PENDING_TOKENS or self.engine.waiting == 0)
 
     def _take(self, rows: list[Row], finished: list[Finished]) -> None:
         drafts = []
@@ -158,8 +160,8 @@ class Feed:
         self._hold(tokens)
 
     def _hold(self, tokens: tuple[int, ...]) -> None:
-        self._held += 1
-        self._tokens += len(tokens)
+        self.flow.held_rows += 1
+        self.flow.held_tokens += len(tokens)
 
     def _finish(self, draft: Draft, answer: Answer, shortened: bool, key: bytes | None) -> Finished:
         prefix = ""

@@ -48,6 +48,11 @@ class Ask:
     params: SamplingParams
     max_errors: int | float | None
 
+    def make_drafter(self, batch: bool, tokenizer: Tokenizer) -> Drafter:
+        if self.template is None:
+            return BatchDrafter(tokenizer, self.params, self.run.unknown_fields)
+        return TableDrafter(tokenizer, self.template, self.run, self.params)
+
     def settings(self) -> dict[str, Any]:
         files = {"input": self.source, "output": str(self.output)}
         return {**files, **asdict(self.engine), **asdict(self.sampling), **asdict(self.run)}
@@ -64,17 +69,13 @@ class Job:
     form: ResultFormat
     rows: int
     model_hash: str
+    input_hash: str
 
     @property
     def most_errors(self) -> int | None:
         """How many failed rows stop the job."""
         limit = self.ask.max_errors
         return max(1, math.ceil(limit * self.rows)) if isinstance(limit, float) else limit
-
-    def make_drafter(self, tokenizer: Tokenizer) -> Drafter:
-        if self.ask.template is None:
-            return BatchDrafter(tokenizer, self.ask.params, self.ask.run.unknown_fields)
-        return TableDrafter(tokenizer, self.ask.template, self.ask.run, self.ask.params)
 
 
 def read_ask(source: str, output: str, engine: EngineOptions, sampling: SamplingOptions, run: RunOptions) -> Ask:
@@ -124,14 +125,7 @@ def read_max_errors(text: str | None) -> int | float | None:
 def open_job(ask: Ask) -> Job:
     """Open input and journal. Raises InputError where the input or the journal is not this job's."""
     path = spool_input(ask) if ask.source == STDIN else Path(ask.source)
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty: there is no row to answer")
-    source = open_source(path, sniff_kind(path) if ask.source == STDIN else find_kind(path))
-    batch = ask.template is None and source.columns is None and looks_like_batch(source)
-    check_fit(ask, source, batch)
-    rows = source.count()
-    if rows == 0:
-        raise InputError(f"{ask.source} holds no rows: there is nothing to answer")
+    source, batch, rows = open_rows(ask, path)
     checkpoint = open_checkpoint(ask.engine.model)
     fingerprint = make_fingerprint(ask, hash_file(path), checkpoint)
     schema = json.loads(ask.constraint.value) if ask.run.expand and ask.constraint else None
@@ -141,7 +135,20 @@ def open_job(ask: Ask) -> Job:
         if taken.exists() and not place.exists() and not ask.run.fresh:
             raise InputError(f"{taken} exists and has no journal: move it away, choose another output or give --fresh")
     journal = open_journal(place, fingerprint, ask.run.fresh)
-    return Job(ask, source, batch, journal, form, rows, fingerprint["model"])
+    return Job(ask, source, batch, journal, form, rows, fingerprint["model"], fingerprint["input"])
+
+
+def open_rows(ask: Ask, path: Path) -> tuple[Source, bool, int]:
+    """The rows of a file, whether they are an OpenAI Batch file's, and how many. Raises InputError."""
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty: there is no row to answer")
+    source = open_source(path, sniff_kind(path) if ask.source == STDIN else find_kind(path))
+    batch = ask.template is None and source.columns is None and looks_like_batch(source)
+    check_fit(ask, source, batch)
+    rows = source.count()
+    if rows == 0:
+        raise InputError(f"{ask.source} holds no rows: there is nothing to answer")
+    return source, batch, rows
 
 
 def spool_input(ask: Ask) -> Path:

@@ -19,6 +19,7 @@ from rich.text import Text
 from headrace.job.feed import Flow
 from headrace.meter.counters import Counters
 from headrace.meter.report import format_bytes, format_report, format_seconds
+from headrace.plan.words import describe_forecast
 
 PLAIN_SECONDS, LIVE_SECONDS = 5.0, 0.25
 
@@ -74,6 +75,13 @@ class Progress:
             print_json({"event": "message", "message": message})
         elif not self._quiet:
             self._console.print(Text(f"headrace: {message}"))
+
+    def show_forecast(self, found: Mapping[str, Any]) -> None:
+        """What the run is expected to take."""
+        if self._json:
+            print_json({"event": "forecast", **found})
+        else:
+            self.say(describe_forecast(found))
 
     def update(self, counters: Counters, last: bool = False) -> None:
         """Show the state if it is time to."""

@@ -12,11 +12,13 @@ from typing import Any
 
 from headrace.core import InputError
 from headrace.job.feed import Feed
+from headrace.job.foresight import foresee
 from headrace.job.intake import STDIN, Job, open_job, read_ask
 from headrace.job.journal import Finished
 from headrace.job.progress import Progress, State
 from headrace.job.records import Traits
 from headrace.job.results import write_results
+from headrace.job.sources import hash_file
 from headrace.job.stop import INTERRUPTED, TOO_MANY_ERRORS, JobStopped, StopSignals, explain_disk_errors, lock_output
 from headrace.llm import LLM
 from headrace.meter.counters import Counters
@@ -37,6 +39,7 @@ class Work:
     rows: int = 0
     failed: int = 0
     shared: int = 0
+    forecast: dict[str, Any] | None = None
 
 
 def run_job(
@@ -89,12 +92,18 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
         if job.ask.run.trace is not None:
             engine.meter.write_trace(Path(job.ask.run.trace))
         names = {llm.model_name, job.ask.engine.model, None}
-        feed = Feed(job.source.rows(), job.make_drafter(llm.tokenizer), engine, llm.tokenizer, job.journal)
+        feed = Feed(
+            job.source.rows(), job.ask.make_drafter(job.batch, llm.tokenizer), engine, llm.tokenizer, job.journal
+        )
         progress.state.flow = feed.flow
         while not feed.complete:
             check_stop(job, progress, stop)
-            finished = feed.top_up(2 * job.ask.engine.max_sequences)
-            if engine.unfinished:
+            finished = feed.top_up()
+            if engine.unfinished and not feed.wanting:
+                if work.forecast is None:
+                    rows = job.rows - progress.state.rows_before
+                    work.forecast = foresee(llm, feed, rows, progress.seconds)
+                    progress.show_forecast(work.forecast)
                 finished += feed.collect(engine.step())
             if finished:
                 with engine.meter.watch.part("files"):
@@ -151,7 +160,7 @@ def describe_files(job: Job, paths: list[Path]) -> dict[str, Any]:
 
 def conclude(job: Job, work: Work, progress: Progress, report: dict[str, Any] | None) -> dict[str, Any]:
     """Write results and report (that of an earlier run, where it had answered the last row)."""
-    if job.journal.totals().rows != job.rows:
+    if job.journal.totals().rows != job.rows or hash_file(job.source.path) != job.input_hash:
         raise InputError(f"{job.source.path} changed while the job ran: start anew with --fresh")
     write_results(job.source, job.journal, job.form)
     report = report or make_report(job, work)
@@ -172,6 +181,7 @@ def make_report(job: Job, work: Work) -> dict[str, Any]:
         "succeeded": work.rows - work.failed,
         "failed": work.failed,
         **describe_run(work.counters, work.meter, work.load_seconds, work.run_seconds, work.settings, job.model_hash),
+        "forecast": compare_forecast(work),
         "rows_total": job.rows,
         "rows_resumed": totals.rows - work.rows,
         "rows_shared": work.shared,
@@ -184,3 +194,11 @@ def make_report(job: Job, work: Work) -> dict[str, Any]:
             "output_tokens": totals.output_tokens,
         },
     }
+
+
+def compare_forecast(work: Work) -> dict[str, Any] | None:
+    """The forecast, with `missed`, the share by which the run took longer, where it said how long."""
+    found = work.forecast
+    if found is None or not found["seconds"]:
+        return found
+    return found | {"missed": round(work.run_seconds / found["seconds"] - 1, 4)}

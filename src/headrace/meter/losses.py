@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from platformdirs import user_cache_path
+from headrace.meter.kept import kept_path, read_kept, write_kept
 
 
 def losses_path() -> Path:
-    return user_cache_path("headrace") / "losses.json"
+    return kept_path("losses.json")
 
 
 def load_loss(model_hash: str, precision: str, path: Path | None = None) -> float | None:
     """The share by which this format raised a text's perplexity over bf16's; None where nobody has measured it."""
     try:
-        value = json.loads((path or losses_path()).read_text())[model_hash][precision]
-        return float(value)
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(read_kept(path or losses_path())[model_hash][precision])
+    except (ValueError, KeyError, TypeError):
         return None
 
 
 def save_loss(model_hash: str, precision: str, loss: float, path: Path | None = None) -> None:
     """Keep a measured loss. Raises OSError."""
     path = path or losses_path()
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = read_kept(path) or {}
     known.setdefault(model_hash, {})[precision] = round(loss, 5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(known, indent=2))
-    part.replace(path)
+    write_kept(path, known)

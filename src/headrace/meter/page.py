@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -15,6 +15,8 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise InputError("drawing needs the extra `plot`: pip install 'headrace[plot]'") from error
+
+Drawing = tuple[str, Callable[[Axes, Mapping[str, Any]], None]]
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -30,7 +32,7 @@ svg {{ width: 100%; height: auto; }}
 </head>
 <body>
 <h1>{title}</h1>
-<p><strong>{verdict}</strong></p>
+<p><strong>{headline}</strong></p>
 <pre>{text}</pre>
 {figures}
 </body>
@@ -42,27 +44,27 @@ def draw_page(report: Mapping[str, Any]) -> str:
     """The page of a report. Raises InputError for one of a run that computed nothing."""
     if "timeline" not in report:
         raise InputError("this run computed nothing (all rows were answered before): there is nothing to draw")
-    drawings = [
+    drawings: list[Drawing] = [
         ("Tokens a second and sequences in a step, over the run", draw_timeline),
         ("Operators under the roofline of this machine", draw_roofline),
         ("Where the time went", draw_parts),
     ]
+    title = str(report["settings"].get("output", "a run"))
+    return make_page(title, report["verdict"], format_report(report), drawings, report)
+
+
+def make_page(title: str, headline: str, text: str, drawings: Sequence[Drawing], values: Mapping[str, Any]) -> str:
+    """A page with these drawings of some values under their captions."""
     figures = []
     for caption, draw in drawings:
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        draw(figure.subplots(), report)
+        draw(figure.subplots(), values)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
         svg = drawn.getvalue()
         svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
         figures.append(f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>")
-    title = str(report["settings"].get("output", "a run"))
-    return PAGE.format(
-        title=escape(title),
-        verdict=escape(report["verdict"]),
-        text=escape(format_report(report)),
-        figures="\n".join(figures),
-    )
+    return PAGE.format(title=escape(title), headline=escape(headline), text=escape(text), figures="\n".join(figures))
 
 
 def draw_timeline(axes: Axes, report: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ Knows how to time a call and when not to believe the times; what is called comes
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -15,9 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from headrace.core import HeadraceError
+from headrace.meter.kept import kept_path, read_kept, write_kept
 
 SAMPLES = 9
 ATTEMPTS = 5
@@ -68,32 +66,26 @@ def describe_machine(instruction_set: str) -> str:
 
 
 def peaks_path() -> Path:
-    return user_cache_path("headrace") / "peaks.json"
+    return kept_path("peaks.json")
 
 
 def load_peaks(machine: str, threads: int, path: Path | None = None) -> Peaks | None:
     """What was measured on this machine with so many threads, or None."""
     try:
-        entries = json.loads((path or peaks_path()).read_text())
+        entries = read_kept(path or peaks_path())
         return next(
             (Peaks(**entry) for entry in entries if (entry["machine"], entry["threads"]) == (machine, threads)), None
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return None
 
 
 def save_peaks(peaks: Peaks, path: Path | None = None) -> Path:
     """Keep a measurement in place of an older one of the same machine and threads. Raises OSError."""
     path = path or peaks_path()
-    try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        entries = []
+    entries: list[dict[str, Any]] = read_kept(path) or []
     kept = [each for each in entries if (each.get("machine"), each.get("threads")) != (peaks.machine, peaks.threads)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps([*kept, asdict(peaks)], indent=2))
-    part.replace(path)
+    write_kept(path, [*kept, asdict(peaks)])
     return path
 
 

@@ -126,6 +126,11 @@ def format_report(report: Mapping[str, Any]) -> str:
         total = sum(seconds for _, seconds in parts) or 1.0
         lines.append(("spent on", ", ".join(f"{name} {s / total:.0%}" for name, s in parts if s / total >= 0.005)))
         lines.append(("verdict", report["verdict"]))
+    forecast = report.get("forecast")
+    if forecast is not None and forecast["seconds"] is not None:
+        most = "" if forecast["outputs_known"] else "at most "
+        said = f"{most}{format_seconds(forecast['seconds'])} ± {forecast['error']:.0%} had been said"
+        lines.insert(6, ("forecast", f"{said}; it took {1 + forecast['missed']:.0%} of it"))
     if report.get("energy_j") is not None:
         lines.append(("energy", f"{report['energy_j']:,.0f} J"))
     if report.get("cost") is not None:

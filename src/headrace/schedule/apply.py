@@ -1,9 +1,22 @@
-"""What changes the scheduler's state: executing a plan, counting it as computed, taking sequences out."""
+"""What changes the scheduler's state: ordering the queue, executing a plan, counting it, taking sequences out."""
 
 from __future__ import annotations
 
 from headrace.core import Sequence, StepPlan
+from headrace.schedule.base import Schedule
 from headrace.schedule.state import SchedulerState
+
+
+def arrange(schedule: Schedule, state: SchedulerState) -> None:
+    """Put those who wait in the schedule's order if any has arrived since the last time; preempted ones stay first."""
+    if not state.arrived:
+        return
+    again = [each for each in state.waiting if each.preemptions]
+    new = [each for each in state.waiting if not each.preemptions]
+    state.waiting.clear()
+    state.waiting.extend(again)
+    state.waiting.extend(schedule.arrange(new, state))
+    state.arrived = False
 
 
 def apply(plan: StepPlan, state: SchedulerState) -> None:
@@ -45,7 +58,7 @@ def finish(sequence: Sequence, state: SchedulerState) -> None:
     state.running.remove(sequence)
     state.ledger.release(sequence)
     del state.sequences[sequence.number]
-    state.forecast.record(sequence)
+    state.lengths.record(sequence)
 
 
 def abort(sequence: Sequence, state: SchedulerState) -> None:

@@ -1,70 +1,18 @@
-"""How much KV memory the running sequences will need at their worst: from past output lengths to a future peak.
+"""How much KV memory the running sequences will need at their worst: from predicted lengths to a future peak.
 
-After the Past-Future scheduler, arXiv 2507.10150, sections 3 and 4: the "past" is the distribution of recent output
-lengths, the "future" the largest sum of memory over the moments at which sequences end.
+After the Past-Future scheduler, arXiv 2507.10150, section 4: the "future" is the largest sum of memory over the moments
+at which sequences end. The "past", what remains of each sequence, is in `lengths.py`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
-from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from headrace.cache.ledger import KVLedger
 from headrace.cache.prefix import Hit
 from headrace.core import Sequence
-
-WINDOW = 1000
-FEWEST_LENGTHS = 32
-GOLDEN = 2654435769  # 2^32 / golden ratio
-
-
-class LengthForecast:
-    """Predicts how many tokens a sequence will still generate, from the last 1000 finished output lengths.
-
-    The paper draws each prediction at random from the lengths above what is generated so far. Here sequence number s
-    takes the fixed quantile frac(s / golden ratio) of them: predictions repeat exactly, and those of any run of
-    sequences spread evenly over the distribution, so a batch is predicted with its short and its long members.
-    """
-
-    def __init__(self, context_length: int | None = None) -> None:
-        self.context_length = context_length
-        self._recent: deque[int] = deque()
-        self._ordered: list[int] = []
-
-    def record(self, sequence: Sequence) -> None:
-        """Learn a finished length, where it was the model's choice: not a score's, not one with `ignore_eos`."""
-        if sequence.request.score or sequence.request.params.ignore_eos:
-            return
-        length = sequence.output_length
-        if len(self._recent) == WINDOW:
-            del self._ordered[bisect_left(self._ordered, self._recent.popleft())]
-        self._recent.append(length)
-        insort(self._ordered, length)
-
-    def remaining(self, sequence: Sequence) -> int:
-        """Tokens that the sequence is predicted to generate from now on; at least 1 unless it is a score.
-
-        What `max_tokens` and the context allow where that is certain (`ignore_eos`), where fewer than 32 lengths are
-        known, and where no known length is above what is generated already.
-        """
-        request = sequence.request
-        if request.score:
-            return 0
-        known = len(sequence.tokens)
-        generated = known - len(request.prompt_token_ids)
-        most = request.params.max_tokens - generated
-        if self.context_length is not None:
-            most = min(most, self.context_length - known)
-        ordered = self._ordered
-        if not request.params.ignore_eos and len(ordered) >= FEWEST_LENGTHS:
-            below = bisect_right(ordered, generated)
-            above = len(ordered) - below
-            if above:
-                quantile = sequence.number * GOLDEN & 0xFFFFFFFF
-                most = min(most, ordered[below + (quantile * above >> 32)] - generated)
-        return max(most, 1)
+from headrace.schedule.lengths import Lengths
 
 
 class Demand(NamedTuple):
@@ -100,9 +48,9 @@ class Outlook:
     So with true lengths a peak within the pool means that no preemption will be needed.
     """
 
-    def __init__(self, ledger: KVLedger, forecast: LengthForecast, step_tokens: int, running: list[Sequence]) -> None:
+    def __init__(self, ledger: KVLedger, lengths: Lengths, step_tokens: int, running: list[Sequence]) -> None:
         self.ledger = ledger
-        self.forecast = forecast
+        self.lengths = lengths
         self.step_tokens = step_tokens
         self.shared = ledger.shared * ledger.layout.block_size
         # Holders of blocks that this plan's admissions acquire: a sequence's number, or None for several.
@@ -153,7 +101,7 @@ class Outlook:
         """Of a sequence that shares `joined` blocks of full-attention groups and has computed so many tokens."""
         ledger, known = self.ledger, len(sequence.tokens)
         size, rate = ledger.layout.block_size, len(ledger.full_groups)
-        growth = max(self.forecast.remaining(sequence) - 1, 0)
+        growth = max(self.lengths.remaining(sequence) - 1, 0)
         held = rate * (known + size - 1) - size * joined
         if ledger.windowed:
             # Most sequences ask the same: a decode that fills its windows.

@@ -9,7 +9,7 @@ from headrace.cache.layout import CacheLayout
 from headrace.cache.ledger import KVLedger
 from headrace.core import Sequence
 from headrace.options import EngineOptions
-from headrace.schedule.forecast import LengthForecast
+from headrace.schedule.lengths import ADMISSIONS, Lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,18 @@ class Limits:
 class SchedulerState:
     """Owned by the engine; changed only by `add` and the functions of `schedule.apply`.
 
-    `waiting` is in the order of arrival, preempted sequences before all others; `running` in the order of admission.
+    `waiting` is in the order in which the schedule wants them admitted, preempted sequences before all others; those
+    that came since it was asked stand at the end, and `arrived` says that there are some. `running` is in the order of
+    admission.
     """
 
     ledger: KVLedger
     limits: Limits
-    forecast: LengthForecast
+    lengths: Lengths
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     sequences: dict[int, Sequence] = field(default_factory=dict)
+    arrived: bool = False
 
     @classmethod
     def create(
@@ -51,7 +54,8 @@ class SchedulerState:
     ) -> SchedulerState:
         """An empty state over a pool of `num_blocks` blocks; no sequence will grow beyond `context_length` tokens."""
         ledger = KVLedger(layout, num_blocks, options.prefix_cache, options.prefix_retain_bytes // block_bytes)
-        return cls(ledger, Limits(options.step_tokens, options.max_sequences), LengthForecast(context_length))
+        lengths = ADMISSIONS[options.admission](context_length)
+        return cls(ledger, Limits(options.step_tokens, options.max_sequences), lengths)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that fits the pool alone (`ledger.blocks_for`): the caller refuses any other.
@@ -62,6 +66,7 @@ class SchedulerState:
             raise ValueError(f"sequence number {sequence.number} is taken")
         self.sequences[sequence.number] = sequence
         self.waiting.append(sequence)
+        self.arrived = True
 
     def find(self, number: int) -> Sequence:
         """The waiting or running sequence with this number. Raises KeyError if there is none."""

@@ -1,0 +1,50 @@
+"""The flags of commands that take a job's settings: generated from the option classes. Knows no command."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headrace.cli.settings import Setting, all_settings
+
+
+def make_parameter(setting: Setting) -> inspect.Parameter:
+    """The command-line parameter of one setting. None means not given: then TOML or the default decides."""
+    flag = f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind == "flag" else setting.flag
+    option = typer.Option(
+        flag,
+        help=f"{setting.meaning} [{setting.default_text}]" if setting.default_text else setting.meaning,
+        metavar=setting.metavar or None,
+        show_default=False,
+        rich_help_panel=setting.group,
+    )
+    kinds: dict[str, Any] = {"flag": bool | None, "list": list[str] | None}
+    hint = Annotated[kinds.get(setting.kind, str | None), option]  # type: ignore[valid-type]
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
+
+
+def add_settings(command: Callable[..., None], own: Sequence[inspect.Parameter] = ()) -> Callable[..., None]:
+    """Give the command a signature for typer to read: input, output, config, its own flags, and every setting."""
+    source = typer.Argument(metavar="INPUT", help="Rows to answer, or - for standard input.", show_default=False)
+    target = typer.Option("--output", "-o", metavar="OUTPUT", help="Where answers go; NAME.out.jsonl if not given.")
+    config = typer.Option("--config", metavar="FILE.toml", help="Settings from a file; flags given here win over it.")
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    common = [
+        inspect.Parameter("input", keyword, annotation=Annotated[str, source]),
+        inspect.Parameter("output", keyword, default=None, annotation=Annotated[str | None, target]),
+        inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config]),
+    ]
+    parameters = [*common, *own, *map(make_parameter, all_settings())]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def make_flag(name: str, hint: Any, default: Any, **option: Any) -> inspect.Parameter:
+    """A flag of one command's own, for `add_settings`."""
+    annotation = Annotated[hint, typer.Option(f"--{name.replace('_', '-')}", **option)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -1,0 +1,67 @@
+"""`headrace plan`: what a job will take, before it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from headrace.cli.config import default_output, resolve
+from headrace.cli.flags import make_flag
+from headrace.core import InputError
+
+PLAN_FLAGS = (
+    make_flag("expect_output", int | None, None, min=1, help="Tokens that a row's output will have, where it is open."),
+    make_flag("compare", bool, False, help="Also under each precision, number of threads and KV budget."),
+    make_flag("html", Path | None, None, metavar="FILE", help="Draw it: a page that opens without a network."),
+)
+
+
+def plan(
+    input: str,
+    output: str | None,
+    config: Path | None,
+    expect_output: int | None,
+    compare: bool,
+    html: Path | None,
+    **flags: object,
+) -> None:
+    """Say what `headrace run` with the same flags would take: tokens, sharing, memory, time. Loads no weights.
+
+    The run is simulated, step by step, by the scheduler that would run it. Times need `headrace bench steps` once.
+    Outputs of unknown length are taken to be as long as they may be, or as --expect-output says.
+
+    \b
+    Examples:
+      headrace plan batch.jsonl
+      headrace plan reviews.csv --prompt 'Good or bad? {{ text }}' --choice good,bad --compare
+      headrace plan batch.jsonl --expect-output 80 --price-per-hour 0.12 --html forecast.html
+    """
+    settings = resolve({name: value for name, value in flags.items() if value is not None}, config)
+    from rich.console import Console
+
+    from headrace.job.intake import read_ask
+    from headrace.job.planning import plan_job
+    from headrace.plan.words import format_comparison, format_forecast
+
+    ask = read_ask(input, output or default_output(input), *settings)
+    with Console(stderr=True).status("reading") as status:
+        values = plan_job(ask, expect_output, compare, status.update)
+    if html is not None:
+        from headrace.plan.page import draw_forecast
+
+        write_page(html, draw_forecast(values))
+    if ask.run.json:
+        typer.echo(json.dumps(values))
+        return
+    typer.echo(format_forecast(values))
+    if compare:
+        typer.echo("\n" + format_comparison(values["compared"]))
+
+
+def write_page(path: Path, page: str) -> None:
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,40 @@
+"""What a run will take, said before its first step: the rows that wait in the engine, simulated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from headrace.job.feed import Feed
+from headrace.job.pile import Expectation, make_pile
+from headrace.llm import LLM
+from headrace.meter.peaks import describe_machine
+from headrace.meter.step_time import describe_setting, load_step_time
+from headrace.plan.forecast import forecast
+from headrace.plan.simulator import Memory
+
+# More would keep a large job from starting; what is left is taken to go on alike.
+MOST_STEPS = 1500
+
+
+def foresee(llm: LLM, feed: Feed, rows: int, elapsed: float) -> dict[str, Any]:
+    """The forecast of `rows` rows, from those that the feed has brought to the engine so far in `elapsed` seconds.
+
+    Without step times of this machine there is only `seconds`, which is None.
+    """
+    engine = llm.engine
+    machine = describe_machine(llm.resolved["instruction_set"])
+    step_time = load_step_time(describe_setting(llm.model_hash, machine, llm.resolved))
+    if step_time is None:
+        return {"seconds": None}
+    requests = {sequence.request.id: sequence.request for sequence in engine.state.waiting}
+    pile = make_pile(requests.values(), Expectation(llm.tokenizer))
+    cache = engine.cache
+    memory = Memory(cache.layout, cache.num_blocks, cache.block_bytes, llm.context_length)
+    found = asdict(forecast(pile.tasks, llm.options, memory, step_time, pile.outputs_known, MOST_STEPS))
+    del found["timeline"]
+    found["seconds"] += elapsed
+    scale = 1.0 if feed.exhausted else max(1.0, rows / max(1, feed.flow.rows))
+    for name in ("seconds", "energy_j", "steps", "prompt_tokens", "output_tokens", "planned_tokens"):
+        found[name] = None if found[name] is None else found[name] * scale
+    return found | {"rows": rows, "rows_seen": feed.flow.rows}

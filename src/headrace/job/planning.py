@@ -1,0 +1,131 @@
+"""What a job would take: its rows as a pile, simulated under its settings and under others, no weight loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headrace.cache.layout import CacheLayout
+from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.core import InputError
+from headrace.engine.loading import Choice, choose, size_cache
+from headrace.job.intake import STDIN, Ask, open_rows
+from headrace.job.pile import Expectation, Pile, read_pile
+from headrace.meter.peaks import count_cores
+from headrace.meter.step_time import StepTime, describe_setting, load_step_time
+from headrace.model.config import ModelConfig
+from headrace.model.loading import read_config
+from headrace.options import EngineOptions
+from headrace.plan.forecast import forecast
+from headrace.plan.simulator import Memory
+from headrace.quant import FORMATS
+
+# Of simulation; a step takes about a thousandth of a second of it.
+MOST_STEPS = 40_000
+SHOWN = ("precision", "threads", "schedule", "step_tokens", "max_sequences", "block_size")
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A model on this machine under some settings: all that a simulation needs of them."""
+
+    options: EngineOptions
+    choice: Choice
+    memory: Memory
+    step_time: StepTime | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return settle(self.options, self.choice)
+
+
+def settle(options: EngineOptions, choice: Choice) -> dict[str, Any]:
+    """The settings as they will be, kernels and threads named."""
+    chosen = {"precision": choice.precision, "threads": choice.threads, "kernels": choice.kernels.name}
+    return asdict(options) | chosen
+
+
+def open_site(options: EngineOptions, checkpoint: Checkpoint) -> Site:
+    """Raises InputError for settings that cannot work here, ModelError for a model that is not supported."""
+    choice, config = choose(options, checkpoint), read_model(options, checkpoint)
+    layout = CacheLayout.from_windows(config.windows, options.block_size)
+    num_blocks, block_bytes = size_cache(config, layout, options, FORMATS[choice.precision].dtype)
+    setting = describe_setting(checkpoint.hash(), choice.machine, settle(options, choice))
+    memory = Memory(layout, num_blocks, block_bytes, config.context_length)
+    return Site(options, choice, memory, load_step_time(setting))
+
+
+def read_model(options: EngineOptions, checkpoint: Checkpoint) -> ModelConfig:
+    config = read_config(checkpoint.config)
+    return config if options.max_context is None else replace(config, context_length=options.max_context)
+
+
+def plan_job(ask: Ask, expected: int | None, compare: bool, tell: Tell) -> dict[str, Any]:
+    """Read the whole input and forecast it; with `compare`, also under other settings.
+
+    Raises InputError for what `headrace run` would refuse as a whole.
+    """
+    if ask.source == STDIN:
+        raise InputError("a plan reads its rows from a file: name one instead of -")
+    checkpoint = open_checkpoint(ask.engine.model)
+    site = open_site(ask.engine, checkpoint)
+    source, batch, rows = open_rows(ask, Path(ask.source))
+    tokenizer = checkpoint.tokenizer()
+    pile = read_pile(
+        source.rows(),
+        ask.make_drafter(batch, tokenizer),
+        tokenizer,
+        site.memory.context_length,
+        Expectation(tokenizer, expected),
+        lambda done: tell(f"{done:,} of {rows:,} rows read"),
+    )
+    if not pile.tasks:
+        raise InputError(f"{ask.source}: none of its {pile.rows:,} rows can be answered")
+    tell("simulating")
+    values = {
+        "input": ask.source,
+        "rows": pile.rows,
+        "equal": pile.equal,
+        "failed": pile.failed,
+        **foresee(site, pile, ask.run.price_per_hour),
+        "settings": {name: site.settings[name] for name in SHOWN},
+        "precision_reason": site.choice.precision_reason,
+    }
+    if compare:
+        values["compared"] = list(compare_settings(site, checkpoint, pile, ask.run.price_per_hour, tell))
+    return values
+
+
+def foresee(site: Site, pile: Pile, price: float | None) -> dict[str, Any]:
+    """A pile's forecast as plain values, with its price where one an hour is given."""
+    found = forecast(pile.tasks, site.options, site.memory, site.step_time, pile.outputs_known, MOST_STEPS)
+    cost = None if price is None or found.seconds is None else price * found.seconds / 3600
+    return asdict(found) | {"cost": cost}
+
+
+def compare_settings(
+    site: Site, checkpoint: Checkpoint, pile: Pile, price: float | None, tell: Tell
+) -> Iterator[dict[str, Any]]:
+    """Forecasts under each precision, number of threads, and KV budget."""
+    for name, change in list_changes(site):
+        tell(f"simulating {name}")
+        other = open_site(replace(site.options, **change), checkpoint)
+        values = foresee(other, pile, price)
+        del values["timeline"]
+        yield {"name": name, **values}
+
+
+def list_changes(site: Site) -> Iterator[tuple[str, dict[str, Any]]]:
+    for precision in FORMATS:
+        yield f"precision {precision}", {"precision": precision}
+    threads = 1
+    while threads <= count_cores():
+        yield f"threads {threads}", {"precision": site.choice.precision, "threads": threads}
+        threads *= 2
+    budget = site.memory.num_blocks * site.memory.block_bytes
+    for parts in (4, 16):
+        yield f"KV memory / {parts}", {"precision": site.choice.precision, "kv_cache_bytes": budget // parts}

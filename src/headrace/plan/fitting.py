@@ -1,0 +1,199 @@
+"""Measure what steps take: some two hundred steps of the real engine, each of one kind, and a small pile as a check."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from headrace.core import Request, SamplingParams
+from headrace.llm import LLM
+from headrace.meter.energy import EnergyCounter
+from headrace.meter.operations import count_seen
+from headrace.meter.peaks import ATTEMPTS, MOST_SCATTER, NoisyMachine, describe_machine
+from headrace.meter.step_time import StepTime, describe_setting, interpolate
+from headrace.options import EngineOptions
+from headrace.plan.simulator import Memory, Simulator, Task
+from headrace.schedule.state import Limits
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+WANTED = (1, 2, 4, 8, 16, 32, 64, 128)
+SAMPLES = 5
+MOST_ERROR = 0.15
+SHORT, LONG = 16, 1024
+
+Tell = Callable[[str], None]
+
+
+class Prober:
+    """Makes an engine compute steps of a wanted form and times them. Its cache is empty before and after."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.engine = llm.engine
+        self.context = llm.context_length
+        self.limits = llm.engine.state.limits
+        self._draw = random.Random(0)
+        self._names: list[str] = []
+        self._made = 0
+
+    def text(self, length: int) -> tuple[int, ...]:
+        return tuple(self._draw.randrange(self.engine.model.config.vocab_size) for _ in range(length))
+
+    def add(self, prompt: tuple[int, ...], output: int) -> None:
+        self._made += 1
+        self._names.append(f"probe {self._made}")
+        self.engine.add(Request(self._names[-1], prompt, SamplingParams(max_tokens=output, ignore_eos=True)))
+
+    def step(self) -> float:
+        began = time.perf_counter()
+        self.engine.step()
+        return time.perf_counter() - began
+
+    def limit(self, step_tokens: int) -> None:
+        self.engine.state.limits = Limits(step_tokens, self.limits.max_sequences)
+
+    def clear(self) -> None:
+        for name in self._names:
+            self.engine.abort(name)
+        self._names.clear()
+        self.engine.state.limits = self.limits
+
+    def time_chunk(self, length: int) -> float:
+        """Seconds of a chunk of so many tokens at the start of a prompt, no token chosen."""
+        self.add(self.text(length + SHORT), 1)
+        self.limit(length)
+        seconds = self.step()
+        self.clear()
+        return seconds
+
+    def time_chunks(self, length: int, chunks: int) -> list[float]:
+        """Seconds of neighbouring chunks of one prompt."""
+        self.add(self.text(length * chunks + SHORT), 1)
+        self.limit(length)
+        seconds = [self.step() for _ in range(chunks)]
+        self.clear()
+        return seconds
+
+    def time_decode(self, sequences: int, context: int, shared: bool = False) -> float:
+        """Seconds of a step that gives each of these sequences a token; with a context that is one's own or all's."""
+        prefix = self.text(context) if shared else ()
+        self.limit(self.limits.step_tokens)
+        for _ in range(sequences):
+            self.add((prefix or self.text(context)) + self.text(SHORT if shared else 1), ATTEMPTS * SAMPLES + 4)
+        while any(each.output_length == 0 for each in self.engine.state.sequences.values()):
+            self.engine.step()
+        seconds = settle(self.step, f"steps of {sequences} sequences at {context} tokens")
+        self.clear()
+        return seconds
+
+
+def settle(sample: Callable[[], float], what: str) -> float:
+    """The median of a few samples. Raises NoisyMachine where the middle half keeps scattering by more than a tenth."""
+    for _ in range(ATTEMPTS):
+        seconds = [sample() for _ in range(SAMPLES)]
+        low, middle, high = statistics.quantiles(seconds, n=4)
+        if (high - low) / middle <= 2 * MOST_SCATTER:
+            return middle
+    raise NoisyMachine(
+        f"{what}: {SAMPLES} measurements scatter by {(high - low) / middle:.0%} (at most {2 * MOST_SCATTER:.0%} is "
+        "believed): something else uses this machine; try again when it is quiet"
+    )
+
+
+def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
+    """Measure the step times of a loaded model; takes less than a minute for small ones.
+
+    Raises NoisyMachine where times scatter too much to be believed.
+    """
+    prober, windows = Prober(llm), llm.engine.model.config.windows
+    energy, began = EnergyCounter(), time.perf_counter()
+    machine = describe_machine(llm.resolved["instruction_set"])
+    found = StepTime(
+        setting=describe_setting(llm.model_hash, machine, llm.resolved),
+        tokens=((1, 0.0), (2, 0.0)),
+        wanted=((1, 0.0), (2, 0.0)),
+        chunk=0.0,
+        own=0.0,
+        shared=0.0,
+        windows=windows,
+        error=0.0,
+    )
+    tell("warming up")
+    prober.time_chunk(64)
+    found = replace(found, chunk=fit_chunk(prober, windows, tell))
+    tokens = []
+    for length in (each for each in TOKENS if each + SHORT < prober.context):
+        tell(f"chunks of {length} tokens")
+        seconds = settle(lambda length=length: prober.time_chunk(length), f"chunks of {length} tokens")  # type: ignore[misc]
+        tokens.append((length, seconds - found.chunk * count_pairs(windows, 0, length)))
+    found = replace(found, tokens=tuple(tokens))
+    own, shared = (fit_context(prober, windows, name == "shared", tell) for name in ("own", "shared"))
+    found = replace(found, own=own, shared=shared)
+    wanted = []
+    for sequences in (each for each in WANTED if each <= prober.limits.max_sequences):
+        tell(f"{sequences} sequences")
+        seconds = prober.time_decode(sequences, SHORT)
+        seconds -= interpolate(found.tokens, sequences) + found.own * sequences * count_pairs(windows, SHORT, 1)
+        wanted.append((sequences, max(0.0, seconds)))
+    found = replace(found, wanted=tuple(wanted))
+    tell("a small pile")
+    found = replace(found, error=check_fit(llm, found))
+    if found.error > MOST_ERROR:
+        raise NoisyMachine(
+            f"a small pile took {found.error:.0%} more or less than foreseen (at most {MOST_ERROR:.0%} is believed): "
+            "something else uses this machine; try again when it is quiet"
+        )
+    joules = energy.read()
+    return replace(found, watts=None if joules is None else joules / (time.perf_counter() - began))
+
+
+def fit_chunk(prober: Prober, windows: tuple[int | None, ...], tell: Tell) -> float:
+    """Seconds a pair of a token and one that it sees, in chunks: the slope over the chunks of a long prompt."""
+    length = min(512, prober.context // 8)
+    tell("a long prompt")
+    tries = [prober.time_chunks(length, 7) for _ in range(3)]
+    seconds = [statistics.median(times) for times in zip(*tries, strict=True)]
+    pairs = [count_pairs(windows, length * place, length) for place in range(7)]
+    return max(0.0, statistics.linear_regression(pairs, seconds).slope)
+
+
+def fit_context(prober: Prober, windows: tuple[int | None, ...], shared: bool, tell: Tell) -> float:
+    """Seconds a pair in steps of one token a sequence: over each one's own context, or over one that all read."""
+    sequences, far = 32 if shared else 8, min(LONG, prober.context // 2)
+    tell(f"contexts of {far} tokens")
+    near_seconds, far_seconds = (prober.time_decode(sequences, context, shared) for context in (SHORT, far))
+    pairs = sequences * (count_pairs(windows, far, 1) - count_pairs(windows, SHORT, 1))
+    return max(0.0, far_seconds - near_seconds) / max(1, pairs)
+
+
+def count_pairs(windows: tuple[int | None, ...], start: int, length: int) -> int:
+    """Pairs of a token and one that it sees, over all layers."""
+    return sum(count_seen(start, length, window) for window in windows)
+
+
+def check_fit(llm: LLM, found: StepTime) -> float:
+    """By which share the time of a small mixed pile differs from its prediction."""
+    prober = Prober(llm)
+    tasks = list(make_pile(prober))
+    began = time.perf_counter()
+    for task in tasks:
+        llm.engine.add(task.request)
+    while llm.engine.unfinished:
+        llm.engine.step()
+    seconds = time.perf_counter() - began
+    cache = llm.engine.cache
+    memory = Memory(cache.layout, cache.num_blocks, cache.block_bytes, llm.context_length)
+    names = EngineOptions.__dataclass_fields__
+    options = EngineOptions(**{name: value for name, value in llm.resolved.items() if name in names})
+    return abs(Simulator(options, memory, found).run(tasks).seconds / seconds - 1)
+
+
+def make_pile(prober: Prober) -> Iterator[Task]:
+    draw = random.Random(1)
+    most = min(256, prober.context // 2)
+    for number in range(24):
+        output = draw.randrange(8, 32)
+        params = SamplingParams(max_tokens=output, ignore_eos=True)
+        yield Task(Request(f"check {number}", prober.text(draw.randrange(16, most)), params), output)

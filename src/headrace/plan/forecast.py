@@ -1,0 +1,119 @@
+"""What a pile will take, before it runs: tokens, what sharing saves, memory, steps, seconds and their error bar.
+
+Knows tasks and the scheduler; not files, not rows, not weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+from headrace.meter.step_time import StepTime, interpolate
+from headrace.options import EngineOptions
+from headrace.plan.reuse import count_distinct, count_least_recently_used
+from headrace.plan.simulator import Memory, Simulated, Simulator, Task
+
+# A forecast is never called surer than this: machines differ from one minute to the next.
+LEAST_ERROR = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Of a whole pile. Tokens count once a continuation.
+
+    refused          requests too long for the KV memory
+    prompt_tokens, output_tokens   what rows bring and what they are taken to generate (`outputs_known`: exactly)
+    optimum_tokens   prompt tokens that must be computed if nothing computed were ever forgotten
+    arrival_tokens   those that a least-recently-used cache of the KV budget computes in the order of the file
+    planned_tokens   those that the chosen schedule computes, whole blocks being shared
+    seconds          None where no step times were measured; error is the share by which they may be wrong
+    simulated        the share of the work that was simulated; the rest is taken to go on alike
+    """
+
+    requests: int
+    refused: int
+    prompt_tokens: int
+    output_tokens: int
+    outputs_known: bool
+    optimum_tokens: int
+    arrival_tokens: int
+    planned_tokens: int
+    kv_peak_bytes: int
+    kv_budget_bytes: int
+    steps: int
+    preemptions: int
+    windows: int
+    simulated: float
+    seconds: float | None
+    error: float | None
+    energy_j: float | None
+    timeline: list[tuple[float, float, int, int, int]] = field(repr=False)
+
+
+def forecast(
+    tasks: Sequence[Task],
+    options: EngineOptions,
+    memory: Memory,
+    step_time: StepTime | None,
+    outputs_known: bool = True,
+    most_steps: int | None = None,
+) -> Forecast:
+    """Simulate the tasks, at most so many steps of them, and count what sharing saves."""
+    found = Simulator(options, memory, step_time).run(tasks, most_steps)
+    share = measure_share(tasks, found, step_time)
+    prompts = list(chain.from_iterable([task.request.prompt_token_ids] * task.request.params.n for task in tasks))
+    outputs = sum(task.output * task.request.params.n for task in tasks if not task.request.score)
+    total = sum(map(len, prompts))
+    seconds = None if step_time is None else found.seconds / share
+    planned = total - round((found.prompt_tokens - found.computed_prompt_tokens) / share)
+    return Forecast(
+        requests=len(tasks),
+        refused=found.refused,
+        prompt_tokens=total,
+        output_tokens=outputs,
+        outputs_known=outputs_known,
+        optimum_tokens=count_distinct(prompts),
+        arrival_tokens=count_arrival(prompts, memory) if options.prefix_cache else total,
+        planned_tokens=max(0, planned),
+        kv_peak_bytes=found.peak_blocks * memory.block_bytes,
+        kv_budget_bytes=memory.num_blocks * memory.block_bytes,
+        steps=round(found.steps / share),
+        preemptions=round(found.preemptions / share),
+        windows=max(1, round(found.windows / share)),
+        simulated=round(share, 4),
+        seconds=seconds,
+        error=None if step_time is None else max(LEAST_ERROR, 2 * step_time.error),
+        energy_j=None if step_time is None or step_time.watts is None else step_time.watts * (seconds or 0.0),
+        timeline=found.timeline,
+    )
+
+
+def measure_share(tasks: Sequence[Task], found: Simulated, step_time: StepTime | None) -> float:
+    """Which share of the work was simulated, by what its tokens cost; 1 where nothing is left."""
+    if not found.left:
+        return 1.0
+    prompt, output = 1.0, 1.0
+    if step_time is not None:
+        prompt = interpolate(step_time.tokens, 1024) / 1024
+        output = (interpolate(step_time.tokens, 64) + interpolate(step_time.wanted, 64)) / 64
+    work = sum(weigh(task, prompt, output) for task in tasks)
+    # What has been computed of the tasks that are left is neither here nor there.
+    return max(1e-6, 1 - sum(weigh(task, prompt, output) for task in found.left) / work)
+
+
+def weigh(task: Task, prompt: float, output: float) -> float:
+    return task.request.params.n * (len(task.request.prompt_token_ids) * prompt + task.output * output)
+
+
+def count_arrival(prompts: Sequence[tuple[int, ...]], memory: Memory) -> int:
+    """Prompt tokens computed in the order of arrival with a least-recently-used cache of the whole KV budget."""
+    size = memory.layout.block_size
+    numbers: dict[tuple[int, ...], int] = {}
+    blocks = []
+    for prompt in prompts:
+        # The last token is always computed: without it there is nothing to choose the next one from.
+        whole = range(0, (len(prompt) - 1) // size * size, size)
+        blocks.append([numbers.setdefault(prompt[start : start + size], len(numbers)) for start in whole])
+    found = sum(map(len, blocks)) - count_least_recently_used(blocks, memory.num_blocks // len(memory.layout.groups))
+    return sum(map(len, prompts)) - found * size

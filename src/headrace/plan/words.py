@@ -1,0 +1,80 @@
+"""A forecast in words: lines for a person. Knows the values of `plan.forecast`, made plain, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headrace.meter.report import format_bytes, format_seconds
+
+
+def headline(values: Mapping[str, Any]) -> str:
+    """One sentence: how long, and how sure that is."""
+    if values["seconds"] is None:
+        return "No forecast of the time: `headrace bench steps` measures this machine in a minute."
+    most = "" if values["outputs_known"] else " at most, were every output as long as assumed"
+    return f"{format_time(values)}{most}."
+
+
+def format_time(values: Mapping[str, Any]) -> str:
+    """Such as 7.2 s ± 8 %."""
+    return f"{format_seconds(values['seconds'])} ± {values['error']:.0%}"
+
+
+def format_forecast(values: Mapping[str, Any]) -> str:
+    """The lines of `headrace plan`."""
+    prompt, settings = values["prompt_tokens"], values["settings"]
+    least, planned, arrival = values["optimum_tokens"], values["planned_tokens"], values["arrival_tokens"]
+    rows = f"{values['rows']:,}: {values['requests'] - values['refused']:,} to compute"
+    rows += f", {values['equal']:,} equal to another" if values["equal"] else ""
+    failed = values["failed"] + values["refused"]
+    rows += f", {failed:,} that cannot be answered" if failed else ""
+    known = "" if values["outputs_known"] else ", if all are as long as assumed (--expect-output)"
+    lines = [
+        ("rows", rows),
+        ("prompt", f"{prompt:,} tokens; computed {planned:,} ({share(planned, prompt)})"),
+        ("shared", f"{share(arrival, prompt)} computed in the file's order, {share(least, prompt)} at the least"),
+        ("output", f"{values['output_tokens']:,} tokens{known}"),
+        ("KV memory", f"{format_bytes(values['kv_peak_bytes'])} at most, of {format_bytes(values['kv_budget_bytes'])}"),
+        ("steps", f"{values['steps']:,} with {values['preemptions']:,} preemptions, {count_windows(values)}"),
+        ("time", "not known: `headrace bench steps` measures this machine in a minute"),
+        ("settings", ", ".join(f"{name} {settings[name]}" for name in settings)),
+    ]
+    if values["seconds"] is not None:
+        after = "after loading" if values["simulated"] == 1 else f"from {values['simulated']:.1%} of the work"
+        lines[6] = ("time", f"{format_time(values)} {after}")
+    if values["energy_j"] is not None:
+        lines.insert(7, ("energy", f"{values['energy_j']:,.0f} J"))
+    if values["cost"] is not None:
+        lines.insert(7, ("cost", f"{values['cost']:.4f}"))
+    return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def format_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of forecasts under other settings."""
+    table = [("setting", "time", "KV memory", "preemptions", "computed")]
+    for row in rows:
+        time = "not measured" if row["seconds"] is None else format_time(row)
+        memory = f"{format_bytes(row['kv_peak_bytes'])} of {format_bytes(row['kv_budget_bytes'])}"
+        table.append((row["name"], time, memory, f"{row['preemptions']:,}", f"{row['planned_tokens']:,}"))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+    )
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part / max(1, whole):.1%}"
+
+
+def count_windows(values: Mapping[str, Any]) -> str:
+    return "planned as a whole" if values["windows"] == 1 else f"planned in {values['windows']:,} windows"
+
+
+def describe_forecast(found: Mapping[str, Any]) -> str:
+    """One line before a run."""
+    if found["seconds"] is None:
+        return "no forecast: `headrace bench steps` measures what steps take here, in a minute and once"
+    most = "" if found["outputs_known"] else "at most "
+    tokens = f"{found['prompt_tokens']:,.0f} prompt tokens, {found['planned_tokens']:,.0f} of them to compute"
+    return f"forecast: {most}{format_time(found)}; {tokens}"

@@ -1,0 +1,120 @@
+"""The prefixes that rows share, as a tree, and an order of the rows that computes each of them once.
+
+After BatchLLM (arXiv 2412.03594, section 3), with as many levels of sharing as the rows have instead of one: rows are
+visited depth-first, so that a shared prefix is computed at its first row and last needed at its last, and of two
+branches the one with more decoding for its prefill goes first, so that later prefills have decodes to ride with.
+That depth-first order reaches the best hit rate of any is SGLang's theorem (arXiv 2312.07104, section 3).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+
+WIDTH = array("i").itemsize
+
+
+class Branch:
+    """Rows that begin with the same `depth` tokens, or one row (`row` is its place in the pile, else -1).
+
+    `prefill` counts the tokens below the branch's own, each shared one once; `decode` the tokens expected to be
+    generated; `first` is the earliest row, `longest` the most that one of the rows is expected to generate.
+    """
+
+    __slots__ = ("branches", "decode", "depth", "first", "longest", "prefill", "row", "rows")
+
+    def __init__(self, depth: int, row: int = -1, decode: float = 0.0) -> None:
+        self.depth = depth
+        self.row = row
+        self.first = row
+        self.rows = int(row >= 0)
+        self.decode = self.longest = decode
+        self.prefill = 0
+        self.branches: list[Branch] = []
+
+    def add(self, branch: Branch) -> None:
+        self.first = branch.first if self.first < 0 else min(self.first, branch.first)
+        self.rows += branch.rows
+        self.decode += branch.decode
+        self.longest = max(self.longest, branch.longest)
+        self.prefill += branch.depth - self.depth + branch.prefill
+        self.branches.append(branch)
+
+    def ratio(self, above: int) -> float:
+        """Expected decoding for each token of prefill that is left below a parent of depth `above`."""
+        return self.decode / max(1, self.depth - above + self.prefill)
+
+
+def pack(tokens: Iterable[int]) -> bytes:
+    """Tokens as bytes of equal width: equal prefixes stay equal prefixes, and comparing is fast."""
+    return array("i", tokens).tobytes()
+
+
+def count_common(one: bytes, other: bytes) -> int:
+    """Tokens at the start of both packed rows."""
+    low, high = 0, min(len(one), len(other)) // WIDTH
+    if one[: high * WIDTH] == other[: high * WIDTH]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low * WIDTH : middle * WIDTH] == other[low * WIDTH : middle * WIDTH]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def grow_tree(rows: Sequence[bytes], decode: Sequence[float], unit: int = 1) -> Branch:
+    """The tree of packed rows; `decode` is what each is expected to generate. Prefixes are shared in whole `unit`s.
+
+    Rows are sorted by their bytes, so those that share a prefix are neighbours, and the tree follows from what each has
+    in common with the next: O(n log n) comparisons of bytes, no node a token.
+    """
+    places = sorted(range(len(rows)), key=rows.__getitem__)
+    root = Branch(0)
+    path = [root]
+    common = 0
+    for index, place in enumerate(places):
+        while path[-1].depth > common:
+            closed = path.pop()
+            if path[-1].depth < common:
+                path.append(Branch(common))
+            path[-1].add(closed)
+        row = rows[place]
+        following = rows[places[index + 1]] if index + 1 < len(places) else b""
+        common = count_common(row, following) // unit * unit
+        if common > path[-1].depth:
+            path.append(Branch(common))
+        path[-1].add(Branch(len(row) // WIDTH, place, decode[place]))
+    while len(path) > 1:
+        closed = path.pop()
+        path[-1].add(closed)
+    return root
+
+
+def order_rows(root: Branch, tail: int = 0) -> list[int]:
+    """Places of the rows, depth-first, branches with more decoding for their prefill first, else the earlier one.
+
+    The last branches of the root, with `tail` rows or more together, go by their longest output instead: a long row
+    that started last would run alone.
+    """
+    order: list[int] = []
+    stack = arrange_tail(rank(root), tail)[::-1]
+    while stack:
+        branch = stack.pop()
+        if branch.row >= 0:
+            order.append(branch.row)
+        stack.extend(reversed(rank(branch)))
+    return order
+
+
+def rank(branch: Branch) -> list[Branch]:
+    return sorted(branch.branches, key=lambda each: (-each.ratio(branch.depth), each.first))
+
+
+def arrange_tail(branches: list[Branch], tail: int) -> list[Branch]:
+    start, rows = len(branches), 0
+    while start and rows < tail:
+        start -= 1
+        rows += branches[start].rows
+    return branches[:start] + sorted(branches[start:], key=lambda each: (-each.longest, each.first))

@@ -1,0 +1,225 @@
+"""The simulator against the engine, step by step; the cost model; windows; what `headrace plan` says of a pile."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import batch_rows, engine_options, write_lines
+from schedule_driver import Driver, make_state
+
+import headrace.engine.engine as engine_module
+from headrace.cli import main
+from headrace.core import InputError, Request, SamplingParams, StepPlan
+from headrace.job.intake import read_ask
+from headrace.job.pile import Expectation, make_pile
+from headrace.job.planning import plan_job
+from headrace.job.run import run_job
+from headrace.llm import LLM
+from headrace.meter.operations import Piece
+from headrace.meter.peaks import NoisyMachine
+from headrace.meter.step_time import StepTime, interpolate, load_step_time, save_step_time
+from headrace.options import EngineOptions, RunOptions, SamplingOptions
+from headrace.plan.fitting import Prober, settle
+from headrace.plan.forecast import forecast
+from headrace.plan.simulator import Memory, Simulator, Task
+from headrace.schedule.choice import SCHEDULES
+from headrace.schedule.planned import Planned
+from headrace.schedule.window import MOST_TOKENS, Window
+
+TIMES = StepTime(
+    setting="a test",
+    tokens=[(1, 0.01), (64, 0.05), (1024, 0.5)],
+    wanted=[(1, 0.001), (128, 0.02)],
+    chunk=1e-7,
+    own=4e-7,
+    shared=1e-7,
+    windows=(None, None, 8),
+    error=0.03,
+)
+
+
+def make_requests(count: int) -> list[Request]:
+    """Rows that share prefixes, of several kinds; some have two continuations, which go on to their limit.
+
+    Those are so hot that they differ: of equal outputs, which no simulator foresees, the cache keeps blocks once.
+    """
+    draw = random.Random(0)
+    roots = [[draw.randrange(3, 300) for _ in range(40)] for _ in range(4)]
+    found = []
+    for number in range(count):
+        own = [draw.randrange(3, 300) for _ in range(draw.randrange(1, 30))]
+        n = draw.choice([1, 1, 2])
+        params = SamplingParams(n=n, max_tokens=draw.choice([8, 24]), temperature=50.0 * (n > 1), ignore_eos=n > 1)
+        found.append(Request(str(number), tuple(draw.choice(roots)[: draw.choice([16, 40])] + own), params))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("num_blocks", [24, 400])
+def test_simulated_steps_are_the_engines(
+    name: Any, num_blocks: int, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[StepPlan] = []
+    simulated: list[StepPlan] = []
+    plan_step = engine_module.plan_step
+
+    def record(*arguments: Any) -> StepPlan:
+        plans.append(plan_step(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(engine_module, "plan_step", record)
+    requests = make_requests(60)
+    changes = {"schedule": name, "step_tokens": 96, "max_sequences": 12, "kv_cache_bytes": num_blocks * 8192}
+    options = engine_options(tiny_model, **changes)
+    with LLM(**asdict(options)) as llm:
+        cache, counters = llm.engine.cache, llm.engine.counters
+        memory = Memory(cache.layout, cache.num_blocks, cache.block_bytes, llm.context_length)
+        assert cache.num_blocks == num_blocks
+        answers = llm.generate([each.prompt_token_ids for each in requests], [each.params for each in requests])
+    tasks = [Task(each, len(answer.outputs[0].token_ids)) for each, answer in zip(requests, answers, strict=True)]
+    found = Simulator(options, memory, TIMES, simulated.append).run(tasks)
+    assert simulated == plans and len(plans) > 30
+    assert (found.steps, found.preemptions) == (counters.steps, counters.preemptions)
+    assert found.prompt_tokens == counters.prompt_tokens and found.output_tokens == counters.output_tokens
+    assert found.peak_blocks * cache.block_bytes == counters.kv_peak_bytes
+    assert found.tasks == len(requests) and found.left == []
+
+
+def test_a_steps_time_is_that_of_its_tokens_rows_and_pairs() -> None:
+    assert interpolate(TIMES.tokens, 0) == 0.0 and interpolate(TIMES.tokens, 1) == 0.01
+    assert interpolate(TIMES.tokens, 544) == pytest.approx((0.05 + 0.5) / 2)
+    assert interpolate(TIMES.tokens, 1984) == pytest.approx(0.95)
+    chunk = TIMES.predict([Piece(100, 64, 1, False)])
+    # Two layers see all, one sees a window of 8.
+    pairs = 2 * (64 * 100 + 64 * 65 // 2) + 64 * 8
+    assert chunk == pytest.approx(0.05 + 0.001 + 1e-7 * pairs)
+    decode = TIMES.predict([Piece(100, 1, 1, True, shared=60)])
+    assert decode == pytest.approx(0.01 + 0.001 + 4e-7 * (2 * 41 + 8) + 1e-7 * 2 * 60)
+
+
+def test_step_times_are_kept_by_setting(tmp_path: Path) -> None:
+    path = tmp_path / "step_times.json"
+    assert load_step_time("a test", path) is None
+    save_step_time(TIMES, path)
+    save_step_time(StepTime(**{**asdict(TIMES), "setting": "another", "chunk": 1.0}), path)
+    assert load_step_time("a test", path) == TIMES and load_step_time("none", path) is None
+    path.write_text("{ half of it")
+    assert load_step_time("a test", path) is None
+
+
+def test_a_probe_computes_the_steps_it_says(tiny_model: Path) -> None:
+    with LLM(**asdict(engine_options(tiny_model, kv_cache_bytes=32 << 20))) as llm:
+        prober, counters = Prober(llm), llm.engine.counters
+        prober.time_chunk(96)
+        assert (counters.steps, counters.computed_prompt_tokens, counters.output_tokens) == (1, 96, 0)
+        prober.time_chunks(32, 4)
+        assert (counters.steps, counters.computed_prompt_tokens) == (5, 96 + 128)
+        prober.time_decode(4, 200, shared=True)
+        assert counters.cached_prompt_tokens == 3 * 192 and llm.engine.meter.timeline[-1][2:] == [0, 4, 4]
+        assert llm.engine.unfinished == 0 and llm.engine.state.limits == prober.limits
+
+
+def test_times_that_scatter_are_refused() -> None:
+    steady, wild = iter([1.0, 1.05] * 20), iter([1.0, 3.0] * 20)
+    assert settle(lambda: next(steady), "steps") in (1.0, 1.05)
+    with pytest.raises(NoisyMachine, match="steps: 5 measurements scatter by"):
+        settle(lambda: next(wild), "steps")
+
+
+def make_tasks(count: int, output: int = 6) -> list[Task]:
+    draw = random.Random(1)
+    params = SamplingParams(max_tokens=output, ignore_eos=True)
+    return [Task(Request(str(n), tuple(draw.randrange(999) for _ in range(20)), params), output) for n in range(count)]
+
+
+def test_what_is_not_simulated_goes_on_alike() -> None:
+    memory = Memory(make_state([None] * 3, 1, 16).ledger.layout, 500, 4096, 1024)
+    options = EngineOptions(step_tokens=64, max_sequences=16)
+    tasks = make_tasks(400)
+    whole, part = (forecast(tasks, options, memory, TIMES, most_steps=most) for most in (None, 60))
+    assert whole.simulated == 1.0 and 0.1 < part.simulated < 0.9 and whole.seconds is not None
+    assert part.seconds == pytest.approx(whole.seconds, rel=0.1) and part.steps == pytest.approx(whole.steps, rel=0.1)
+    assert whole.planned_tokens == whole.arrival_tokens == 400 * 20, "less than a block is not shared"
+    assert whole.error == 2 * TIMES.error
+    unknown = forecast(tasks, options, memory, None)
+    assert unknown.seconds is None and unknown.steps == whole.steps
+
+
+def test_tasks_that_can_never_run_are_refused() -> None:
+    memory = Memory(make_state([None], 1, 16).ledger.layout, 4, 4096, 1024)
+    found = Simulator(EngineOptions(), memory, None).run([*make_tasks(2), *make_tasks(1, 90)])
+    assert (found.refused, found.tasks) == (1, 2)
+
+
+def test_a_window_is_filled_at_once_and_again_when_few_are_left() -> None:
+    driver = Driver(make_state([None], 500, 16, max_sequences=2), schedule=Planned())
+    window, rows = Window(driver.state, driver.schedule), 0
+    while window.wants(0):
+        driver.add([1], 1)
+        rows += 1
+    assert rows == Planned.window and window.filled == 1
+    while len(driver.state.waiting) >= 4:
+        assert not window.wants(0)
+        driver.state.waiting.popleft()
+    assert window.wants(0) and not window.wants(MOST_TOKENS)
+    driver.state.waiting.clear()
+    assert window.wants(MOST_TOKENS), "one row may be larger than the memory for a window"
+
+
+def test_what_outputs_are_taken_to_be(tiny_model: Path) -> None:
+    with LLM(**asdict(engine_options(tiny_model))) as llm:
+        tokenizer = llm.tokenizer
+    exact = SamplingParams(max_tokens=9, ignore_eos=True)
+    assert Expectation(tokenizer).look(Request("a", (1,), exact)) == (9, True)
+    assert Expectation(tokenizer).look(Request("a", (1,), SamplingParams(max_tokens=9))) == (9, False)
+    assert Expectation(tokenizer, 4).look(Request("a", (1,), SamplingParams(max_tokens=9))) == (4, False)
+    assert make_pile([Request("a", (1,), exact)], Expectation(tokenizer)).outputs_known
+
+
+def ask_of(model: Path, source: Path, **run: Any) -> Any:
+    sampling = SamplingOptions(max_tokens=5, ignore_eos=True)
+    return read_ask(str(source), "unused.jsonl", engine_options(model), sampling, RunOptions(**run))
+
+
+def test_a_plan_says_what_the_run_then_does(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [*batch_rows(30), *batch_rows(2), {"custom_id": "broken"}]
+    rows.append({**batch_rows(1)[0], "custom_id": "equal"})
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    said = plan_job(ask_of(tiny_model, source), None, True, lambda text: None)
+    sampling = SamplingOptions(max_tokens=5, ignore_eos=True)
+    quiet = RunOptions(quiet=True)
+    report = run_job(str(source), str(tmp_path / "out.jsonl"), engine_options(tiny_model), sampling, quiet)
+    assert (said["rows"], said["requests"], said["equal"], said["failed"]) == (34, 30, 1, 3)
+    assert said["outputs_known"] and said["seconds"] is None
+    counted = ("steps", "preemptions", "prompt_tokens", "output_tokens", "kv_peak_bytes", "kv_budget_bytes")
+    assert {name: said[name] for name in counted} == {name: report[name] for name in counted}
+    assert said["planned_tokens"] == report["computed_prompt_tokens"]
+    assert {each["name"] for each in said["compared"]} >= {"precision bf16", "threads 1", "KV memory / 4"}
+
+
+def test_a_run_says_first_what_it_will_take(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.job.foresight.load_step_time", lambda setting: TIMES)
+    source = write_lines(tmp_path / "in.jsonl", batch_rows(20))
+    sampling = SamplingOptions(max_tokens=5, ignore_eos=True)
+    options = engine_options(tiny_model)
+    report = run_job(str(source), str(tmp_path / "out.jsonl"), options, sampling, RunOptions(quiet=True))
+    found = report["forecast"]
+    assert found["outputs_known"] and found["steps"] == report["steps"] and found["rows"] == 20
+    assert found["missed"] == pytest.approx(report["wall_s"] / found["seconds"] - 1, abs=0.01)
+
+
+def test_the_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_lines(tmp_path / "in.jsonl", batch_rows(3))
+    flags = ["--model", str(tiny_model), "--precision", "fp32", "--kv-cache-bytes", "4MiB"]
+    assert main(["plan", str(source), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("rows       3: 3 to compute\n") and "headrace bench steps" in printed
+    assert main(["plan", str(source), *flags, "--json", "--expect-output", "7"]) == 0
+    assert json.loads(capsys.readouterr().out)["output_tokens"] == 21
+    with pytest.raises(InputError, match="name one instead of -"):
+        plan_job(ask_of(tiny_model, Path("-")), None, False, lambda text: None)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import isqrt
 
 from headrace.core import Admission, Chunk, Sequence, StepPlan
 
@@ -176,10 +178,20 @@ class Oracle:
             base = len(full) * (len(each.tokens) + self.size - 1) + self.size * (sum(windows) - joint)
             needs.append((growth, base))
         last = max(growth for growth, _ in needs)
-        return max(
+        return self.spread(records) * len(full) + max(
             shared + sum(base + len(full) * step for growth, base in needs if growth >= step)
             for step in range(last + 1)
         )
+
+    def spread(self, records: list[Record]) -> int:
+        """One standard deviation of the sum of the lengths that are not certain."""
+        known = [length for _, length in self.lengths][-1000:]
+        if len(known) < 32:
+            return 0
+        uncertain = sum(not (each.certain or each.score) for each in records)
+        mean = Fraction(sum(known), len(known))
+        variance = sum((length - mean) ** 2 for length in known) / len(known)
+        return isqrt(uncertain * variance.numerator // variance.denominator)
 
     def remaining(self, record: Record) -> int:
         if record.score:

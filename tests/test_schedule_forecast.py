@@ -223,5 +223,5 @@ def test_looking_ahead_beats_reserving_the_most(seed: int) -> None:
 def test_looking_ahead_beats_hoping_for_the_best(seed: int) -> None:
     """Long outputs: admission by what is held now has each row preempted more than once."""
     steps, preempted = run_policies(seed, lambda draw: draw.randrange(100, 401))
-    assert preempted["aggressive"] > 400 and preempted["forecast"] <= 0.3 * preempted["aggressive"], preempted
+    assert preempted["aggressive"] > 400 and preempted["forecast"] <= 0.1 * preempted["aggressive"], preempted
     assert steps["conservative"] >= 1.3 * steps["forecast"], steps

@@ -34,8 +34,8 @@ def make_scene(seed: int) -> tuple[random.Random, Driver, Oracle]:
     groups = [group.window for group in state.ledger.layout.groups]
     driver, oracle = Driver(state, vocabulary=draw.choice([2, 1000])), Oracle(groups, size, num_blocks, **options)
     if seed % 2:  # a past of short outputs, so that the forecast is too low and preemption has to help
-        for _ in range(40):
-            (sequence,) = driver.add([1], 1, max_tokens=9)
+        for index in range(80):
+            (sequence,) = driver.add([1], 1, max_tokens=30 if index % 2 else 20)
             oracle.add(sequence)
     return draw, driver, oracle
 

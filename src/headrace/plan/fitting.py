@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 from headrace.core import Request, SamplingParams
 from headrace.llm import LLM
@@ -20,7 +22,7 @@ from headrace.schedule.state import Limits
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 WANTED = (1, 2, 4, 8, 16, 32, 64, 128)
-SAMPLES = 5
+ROUNDS, SAMPLES = 2, 3
 MOST_ERROR = 0.15
 SHORT, LONG = 16, 1024
 
@@ -62,11 +64,7 @@ class Prober:
 
     def time_chunk(self, length: int) -> float:
         """Seconds of a chunk of so many tokens at the start of a prompt, no token chosen."""
-        self.add(self.text(length + SHORT), 1)
-        self.limit(length)
-        seconds = self.step()
-        self.clear()
-        return seconds
+        return settle(lambda: self.time_chunks(length, 1)[0], f"chunks of {length} tokens")
 
     def time_chunks(self, length: int, chunks: int) -> list[float]:
         """Seconds of neighbouring chunks of one prompt."""
@@ -123,20 +121,19 @@ def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
     tell("warming up")
     prober.time_chunk(64)
     found = replace(found, chunk=fit_chunk(prober, windows, tell))
-    tokens = []
-    for length in (each for each in TOKENS if each + SHORT < prober.context):
-        tell(f"chunks of {length} tokens")
-        seconds = settle(lambda length=length: prober.time_chunk(length), f"chunks of {length} tokens")  # type: ignore[misc]
-        tokens.append((length, seconds - found.chunk * count_pairs(windows, 0, length)))
+    lengths = [each for each in TOKENS if each + SHORT < prober.context]
+    seconds = time_forms(lengths, "chunks of {} tokens", prober.time_chunk, tell)
+    pairs = [count_pairs(windows, 0, length) for length in lengths]
+    tokens = [(n, each - found.chunk * seen) for n, each, seen in zip(lengths, seconds, pairs, strict=True)]
     found = replace(found, tokens=tuple(tokens))
     own, shared = (fit_context(prober, windows, name == "shared", tell) for name in ("own", "shared"))
     found = replace(found, own=own, shared=shared)
-    wanted = []
-    for sequences in (each for each in WANTED if each <= prober.limits.max_sequences):
-        tell(f"{sequences} sequences")
-        seconds = prober.time_decode(sequences, SHORT)
-        seconds -= interpolate(found.tokens, sequences) + found.own * sequences * count_pairs(windows, SHORT, 1)
-        wanted.append((sequences, max(0.0, seconds)))
+    counts = [each for each in WANTED if each <= prober.limits.max_sequences]
+    seconds = time_forms(counts, "{} sequences", lambda count: prober.time_decode(count, SHORT), tell)
+    rest = found.own * count_pairs(windows, SHORT, 1)
+    wanted = [
+        (n, max(0.0, each - interpolate(found.tokens, n) - n * rest)) for n, each in zip(counts, seconds, strict=True)
+    ]
     found = replace(found, wanted=tuple(wanted))
     tell("a small pile")
     found = replace(found, error=check_fit(llm, found))
@@ -149,12 +146,23 @@ def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
     return replace(found, watts=None if joules is None else joules / (time.perf_counter() - began))
 
 
+def time_forms(sizes: list[int], what: str, measure: Callable[[int], float], tell: Tell) -> list[float]:
+    """Seconds of steps of growing size: of several rounds over all sizes the least, so that a moment in which something
+    else ran counts in none. A step never takes longer than a larger one."""
+    best = [math.inf] * len(sizes)
+    for turn in range(ROUNDS):
+        for place, size in enumerate(sizes):
+            tell(f"{what.format(size)}, round {turn + 1} of {ROUNDS}")
+            best[place] = min(best[place], measure(size))
+    return list(accumulate(reversed(best), min))[::-1]
+
+
 def fit_chunk(prober: Prober, windows: tuple[int | None, ...], tell: Tell) -> float:
     """Seconds a pair of a token and one that it sees, in chunks: the slope over the chunks of a long prompt."""
     length = min(512, prober.context // 8)
     tell("a long prompt")
-    tries = [prober.time_chunks(length, 7) for _ in range(3)]
-    seconds = [statistics.median(times) for times in zip(*tries, strict=True)]
+    tries = [prober.time_chunks(length, 7) for _ in range(ROUNDS)]
+    seconds = [min(times) for times in zip(*tries, strict=True)]
     pairs = [count_pairs(windows, length * place, length) for place in range(7)]
     return max(0.0, statistics.linear_regression(pairs, seconds).slope)
 
@@ -163,7 +171,9 @@ def fit_context(prober: Prober, windows: tuple[int | None, ...], shared: bool, t
     """Seconds a pair in steps of one token a sequence: over each one's own context, or over one that all read."""
     sequences, far = 32 if shared else 8, min(LONG, prober.context // 2)
     tell(f"contexts of {far} tokens")
-    near_seconds, far_seconds = (prober.time_decode(sequences, context, shared) for context in (SHORT, far))
+    near_seconds, far_seconds = (
+        min(prober.time_decode(sequences, context, shared) for _ in range(ROUNDS)) for context in (SHORT, far)
+    )
     pairs = sequences * (count_pairs(windows, far, 1) - count_pairs(windows, SHORT, 1))
     return max(0.0, far_seconds - near_seconds) / max(1, pairs)
 

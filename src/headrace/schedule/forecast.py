@@ -55,6 +55,8 @@ class Outlook:
         self.shared = ledger.shared * ledger.layout.block_size
         # Holders of blocks that this plan's admissions acquire: a sequence's number, or None for several.
         self.claims: dict[int, int | None] = {}
+        # Sequences whose end is the model's choice.
+        self.uncertain = 0
         self._window_blocks: dict[tuple[int, int], int] = {}
         demands = {sequence.number: self._demand_running(sequence) for sequence in running}
         self.demands = dict(sorted(demands.items(), key=lambda item: item[1], reverse=True))
@@ -84,8 +86,9 @@ class Outlook:
         return taken
 
     def peak(self) -> int:
-        """Predicted peak in blocks, rounded up."""
-        return -(-future_peak(self.demands.values(), self.shared) // self.ledger.layout.block_size)
+        """Predicted peak in blocks, rounded up, with what the predictions may well be too low by."""
+        spread = self.lengths.spread(self.uncertain) * len(self.ledger.full_groups)
+        return -(-(future_peak(self.demands.values(), self.shared) + spread) // self.ledger.layout.block_size)
 
     def _holder(self, block: int) -> tuple[int | None, bool]:
         """The one holder of a block if there is just one, and whether it is held at all."""
@@ -100,6 +103,7 @@ class Outlook:
     def _demand(self, sequence: Sequence, joined: int, computed: int) -> Demand:
         """Of a sequence that shares `joined` blocks of full-attention groups and has computed so many tokens."""
         ledger, known = self.ledger, len(sequence.tokens)
+        self.uncertain += not (sequence.request.score or sequence.request.params.ignore_eos)
         size, rate = ledger.layout.block_size, len(ledger.full_groups)
         growth = max(self.lengths.remaining(sequence) - 1, 0)
         held = rate * (known + size - 1) - size * joined

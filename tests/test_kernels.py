@@ -78,6 +78,23 @@ def test_linear(shape: tuple[int, int, int], activation: Activation | None, form
         assert_close(FAST.linear(x, fast, torch.float32), PLAIN.linear(x.float(), plain), x.dtype)
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=NAMES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_largest_of_a_product_is_that_of_its_rows(threads: int, format: Quantization) -> None:
+    before = _cpu.threads()
+    FAST.set_threads(threads)
+    for rows, out in itertools.product([1, 13, 70, 200], [1, 31, 33, 300]):
+        # Some outputs are equal, and most rows' largest is among them: the first one counts.
+        weight = torch.randn(out, 64)
+        weight[out // 2 :] = weight[: out - out // 2].clone()
+        packed = FAST.pack(replace(format.store(weight), bias=torch.randn(out) if out == 33 else None))
+        x = torch.randn(rows, 64).to(format.dtype)
+        x[0] = 0
+        expected = FAST.linear(x, packed, torch.float32).numpy().argmax(-1)
+        assert FAST.find_largest(x, packed).tolist() == expected.tolist()
+    FAST.set_threads(before)
+
+
 def test_integer_weights_take_bfloat16() -> None:
     matrix, x = Int8(64).store(torch.randn(40, 200)), torch.randn(30, 200).bfloat16()
     found = FAST.linear(x, FAST.pack(matrix), torch.float32)

@@ -44,7 +44,7 @@ def add_request(draw: random.Random, driver: Driver, oracle: Oracle, prefixes: l
     """One request of random shape that fits the pool alone."""
     ledger = driver.state.ledger
     prompt = draw.choice(prefixes)[: draw.randrange(0, 20)] + [draw.randrange(2) for _ in range(draw.randrange(1, 14))]
-    length = draw.randrange(1, 20)
+    length = draw.randrange(1, 30)
     most = max(length, draw.choice([length, 20, 30]))
     score = draw.random() < 0.1
     while ledger.blocks_for(len(prompt) + most) > ledger.num_blocks:

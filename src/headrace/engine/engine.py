@@ -12,9 +12,10 @@ from headrace.cache.paged import PagedCache
 from headrace.checkpoint import Tokenizer
 from headrace.core import Chunk, Request, RowError, Sequence, StepPlan
 from headrace.engine.batch import build_batch
+from headrace.engine.choosing import LOGIT_ROWS, choose_tokens, take
 from headrace.engine.generation import Generation
 from headrace.engine.outputs import RequestOutput
-from headrace.engine.sampling import Choice, sample
+from headrace.engine.sampling import Choice
 from headrace.engine.structure import ConstraintCompiler
 from headrace.meter.counters import Counters
 from headrace.meter.meter import Meter
@@ -25,9 +26,6 @@ from headrace.schedule.base import Schedule
 from headrace.schedule.pieces import describe_pieces, wanted_rows
 from headrace.schedule.state import SchedulerState
 from headrace.schedule.step import plan_step
-
-# Logit rows computed at once: bounds the memory of scoring long prompts.
-LOGIT_ROWS = 256
 
 
 class Engine:
@@ -160,45 +158,28 @@ class Engine:
         rows = [
             (sequence, chunk.start + offset) for chunk, sequence in scheduled for offset in wanted_rows(chunk, sequence)
         ]
-        finished: list[Generation] = []
-        for start in range(0, len(rows), LOGIT_ROWS):
-            part = rows[start : start + LOGIT_ROWS]
-            logits = self.model.logits(hidden[start : start + LOGIT_ROWS])
-            self._score(part, logits)
-            finished.extend(self._generate(part, logits))
+        scored = [row for row, (sequence, _) in enumerate(rows) if sequence.request.score]
+        chosen = [row for row, (sequence, _) in enumerate(rows) if not sequence.request.score]
+        self._score([rows[row] for row in scored], take(hidden, scored))
+        generations = [self._generations[rows[row][0].number] for row in chosen]
+        choices = choose_tokens(self.model, take(hidden, chosen), generations, self.tokenizer.eos_token_ids)
+        finished = [each for each, choice in zip(generations, choices, strict=True) if self._append(each, choice)]
         for _, sequence in scheduled:
             if sequence.request.score and sequence.computed == len(sequence.tokens):
                 finished.append(self._generations[sequence.number])
         outputs = [self._retire(generation) for generation in finished]
         return [output for output in outputs if output is not None]
 
-    def _score(self, rows: Rows[tuple[Sequence, int]], logits: Tensor) -> None:
-        """Record the log probability of the token after each scored position, from logits [R, V]."""
-        scored = [index for index, (sequence, _) in enumerate(rows) if sequence.request.score]
-        if not scored:
-            return
-        logprobs = logits[scored].log_softmax(-1)
-        for values, index in zip(logprobs, scored, strict=True):
-            sequence, position = rows[index]
-            # A preempted sequence computes positions again; they are recorded once.
-            known = self._generations[sequence.number].prompt_logprobs
-            if len(known) == position + 1:
-                known.append(float(values[sequence.tokens[position + 1]]))
-
-    def _generate(self, rows: Rows[tuple[Sequence, int]], logits: Tensor) -> list[Generation]:
-        """Sample the next token of each row that generates; those that are complete with it."""
-        chosen = [index for index, (sequence, _) in enumerate(rows) if not sequence.request.score]
-        if not chosen:
-            return []
-        generations = [self._generations[rows[index][0].number] for index in chosen]
-        finished = []
-        logits = logits if len(chosen) == len(rows) else logits[chosen]
-        for generation, choice in zip(
-            generations, sample(logits, generations, self.tokenizer.eos_token_ids), strict=True
-        ):
-            if self._append(generation, choice):
-                finished.append(generation)
-        return finished
+    def _score(self, rows: Rows[tuple[Sequence, int]], hidden: Tensor) -> None:
+        """Record the log probability of the token after each scored position, from its hidden state [R, H]."""
+        for start in range(0, len(rows), LOGIT_ROWS):
+            part = rows[start : start + LOGIT_ROWS]
+            logprobs = self.model.logits(hidden[start : start + LOGIT_ROWS]).log_softmax(-1)
+            for values, (sequence, position) in zip(logprobs, part, strict=True):
+                # A preempted sequence computes positions again; they are recorded once.
+                known = self._generations[sequence.number].prompt_logprobs
+                if len(known) == position + 1:
+                    known.append(float(values[sequence.tokens[position + 1]]))
 
     def _append(self, generation: Generation, choice: Choice | RowError) -> bool:
         """Give a generation its next token; True when it is complete, or has failed and says why in `.error`."""

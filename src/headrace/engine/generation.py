@@ -50,6 +50,14 @@ class Generation:
     def below_minimum(self) -> bool:
         return len(self.output.token_ids) < self.sequence.request.params.min_tokens
 
+    @property
+    def plain(self) -> bool:
+        """Whether its next token is the likeliest one and nothing else is asked of the logits."""
+        params = self.sequence.request.params
+        changed = params.repetition_penalty != 1.0 or bool(params.logit_bias) or self.below_minimum
+        changed = changed or bool(params.presence_penalty or params.frequency_penalty)
+        return params.greedy and params.logprobs is None and self.matcher is None and not changed
+
     def append(self, token: int, logprob: TokenLogprob | None, room: int) -> bool:
         """Take the next token; `room` is how many more the context allows after it. True when this was the last one.
 

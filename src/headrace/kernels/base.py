@@ -172,6 +172,11 @@ class Kernels(Protocol):
         x is of the weight's dtype, or of any for integer weights. Sums are float32, exact integers within a group."""
         ...
 
+    def find_largest(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """int64 [T]: where each row of `linear(x, weight, float32)` is largest, the first of equal places. The product
+        itself need not be written anywhere. For weights without an activation."""
+        ...
+
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
         """residual += x in place (both [T, in]; nothing for None), then its rms_norm, by the norm's weight [in], times
         the packed weight: [T, out] of the residual's dtype, to which the norm is not rounded for integer weights."""

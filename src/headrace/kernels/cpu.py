@@ -109,6 +109,15 @@ class CpuKernels:
         _cpu.linear(TYPES[x.dtype], x.data_ptr(), x.shape[0], weight.description, TYPES[y.dtype], y.data_ptr())
         return y
 
+    def find_largest(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        assert isinstance(weight, PanelWeight)
+        check_product(x, weight)
+        if weight.dtype == torch.bfloat16 and weight.in_features % 2:
+            x = functional.pad(x, (0, 1))
+        x, y = x.contiguous(), torch.empty(x.shape[0], dtype=torch.int64)
+        _cpu.find_largest(TYPES[x.dtype], x.data_ptr(), x.shape[0], weight.description, y.data_ptr())
+        return y
+
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
         assert isinstance(weight, PanelWeight)
         check_product(residual, weight)

@@ -79,6 +79,9 @@ class ReferenceKernels:
             y = gate * up
         return y.to(dtype or x.dtype)
 
+    def find_largest(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        return self.linear(x, weight, torch.float32).argmax(-1)
+
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
         assert isinstance(weight, PlainWeight)
         if x is not None:

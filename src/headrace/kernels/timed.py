@@ -40,6 +40,10 @@ class TimedKernels:
         with self.watch.part(product_part(x.shape[1], weight.out_features)):
             return self.kernels.linear(x, weight, dtype)
 
+    def find_largest(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        with self.watch.part(product_part(x.shape[1], weight.out_features)):
+            return self.kernels.find_largest(x, weight)
+
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
         with self.watch.part(product_part(residual.shape[1], weight.out_features)):
             return self.kernels.norm_linear(x, residual, norm, eps, weight)

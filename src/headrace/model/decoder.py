@@ -135,6 +135,13 @@ class Model:
         cap = self.config.logit_soft_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def find_likeliest(self, hidden: Tensor) -> Tensor:
+        """The token of the largest logit, int64 [R], of hidden states [R, hidden]; logits are not kept."""
+        if self.config.logit_soft_cap is not None:
+            # Far out the cap makes different logits equal.
+            return self.logits(hidden).argmax(-1)
+        return self.head.find_largest(hidden)
+
     def _attend(
         self, index: int, fused: Tensor, batch: RaggedBatch, cache: PagedCache, rotation: tuple[Tensor, Tensor]
     ) -> Tensor:

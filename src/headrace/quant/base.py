@@ -77,6 +77,10 @@ class Linear:
         """x [T, in] to [T, out], of x's dtype if none is given."""
         return self.kernels.linear(x, self.weight, dtype)
 
+    def find_largest(self, x: Tensor) -> Tensor:
+        """Where each row of the product [T, out] in float32 is largest: int64 [T]."""
+        return self.kernels.find_largest(x, self.weight)
+
     def of_norm(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float) -> Tensor:
         """residual += x in place unless that is None, then this product of its norm (`Kernels.norm_linear`)."""
         return self.kernels.norm_linear(x, residual, norm, eps, self.weight)

@@ -26,6 +26,10 @@ void linear_any(Type type, const void* x, int64_t rows, const Norm& norm, const 
         TYPED(linear<T>((const T*)x, rows, norm, weight, (bf16*)y));
 }
 
+void find_largest_any(Type type, const void* x, int64_t rows, const Weight& weight, int64_t* y) {
+    TYPED(find_largest<T>((const T*)x, rows, weight, y));
+}
+
 void rms_norm_any(Type type, const void* x, const float* weight, float eps, int64_t rows, int64_t size, void* y) {
     TYPED(rms_norm<T>((const T*)x, weight, eps, rows, size, (T*)y));
 }
@@ -45,7 +49,7 @@ void attention_any(Type type, Rows queries, Cache cache, Batch batch, Attention 
 namespace headrace {
 
 const Table& HEADRACE_TABLE() {
-    static const Table table = {HEADRACE_NAME,   pack,          linear_any,            rms_norm_any, add_rms_norm_any,
+    static const Table table = {HEADRACE_NAME,   pack,          linear_any,    find_largest_any,      rms_norm_any, add_rms_norm_any,
                                 place_heads_any, attention_any, multiply_registers_of, sweep};
     return table;
 }

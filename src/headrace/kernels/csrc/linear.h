@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <vector>
 
 #include "activations.h"
 #include "pack.h"
@@ -99,23 +101,69 @@ inline vf activate(vf gate, Gate kind) {
     return gate * sigmoid(kind == Gate::gelu ? 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate) : gate);
 }
 
-// A row's sums of one panel into its place in y [out]: scaled, with bias, and gated if the panel is half gates, half values.
-template <class T>
-void finish_row(const float* sums, const Weight& weight, int64_t panel, T* y) {
-    vf values[VECTORS];
+// A row's sums of one panel, scaled and with bias.
+inline void finish_sums(const float* sums, const Weight& weight, int64_t panel, vf (&values)[VECTORS]) {
     for (int v = 0; v < VECTORS; v++) {
         values[v] = load(sums + v * W);
         if (weight.scales) values[v] *= load(weight.scales + panel * PANEL + v * W);
         if (weight.bias) values[v] += load(weight.bias + panel * PANEL + v * W);
     }
-    int width = weight.gate == Gate::none ? PANEL : PANEL / 2;
-    for (int v = 0; v < width / W; v++) {
-        int64_t column = panel * width + v * W;
-        if (column >= weight.out) return;
-        vf value = weight.gate == Gate::none ? values[v] : activate(values[v], weight.gate) * values[v + VECTORS / 2];
-        store(y + column, value, weight.out - column);
-    }
 }
+
+// What becomes of a product's rows: they are written to y [rows, out], gated if a panel is half gates, half values.
+template <class T>
+struct WriteRows {
+    const Weight& weight;
+    T* y;
+
+    void operator()(const float* sums, int64_t row, int64_t panel, int) const {
+        vf values[VECTORS];
+        finish_sums(sums, weight, panel, values);
+        int width = weight.gate == Gate::none ? PANEL : PANEL / 2;
+        for (int v = 0; v < width / W; v++) {
+            int64_t column = panel * width + v * W;
+            if (column >= weight.out) return;
+            vf value = weight.gate == Gate::none ? values[v] : activate(values[v], weight.gate) * values[v + VECTORS / 2];
+            store(y + row * weight.out + column, value, weight.out - column);
+        }
+    }
+};
+
+struct Largest {
+    float value = -std::numeric_limits<float>::infinity();
+    int64_t column = 0;
+
+    bool before(float other, int64_t place) const { return other > value || (other == value && place < column); }
+};
+
+// Or only the column of each row's largest element is kept, the first of equal ones: by thread, found [threads][rows].
+struct KeepLargest {
+    const Weight& weight;
+    Largest* found;
+    int64_t rows;
+
+    void operator()(const float* sums, int64_t row, int64_t panel, int thread) const {
+        vf values[VECTORS];
+        finish_sums(sums, weight, panel, values);
+        int64_t first = panel * PANEL, count = std::min<int64_t>(PANEL, weight.out - first);
+        float plain[PANEL];
+        vf best = splat(-std::numeric_limits<float>::infinity());
+        for (int v = 0; v < VECTORS; v++) {
+            store(plain + v * W, values[v]);
+            if ((v + 1) * W <= count) best = maximum(best, values[v]);
+        }
+        float top = largest(best);
+        for (int64_t j = count / W * W; j < count; j++) top = std::fmax(top, plain[j]);
+        Largest& known = found[thread * rows + row];
+        // Of this panel nothing stands before its first column.
+        if (!known.before(top, first)) return;
+        for (int64_t j = 0; j < count; j++)
+            if (plain[j] == top) {
+                if (known.before(top, first + j)) known = {top, first + j};
+                return;
+            }
+    }
+};
 
 // Lanes of one panel.
 inline int64_t panel_lanes(const Weight& weight) {
@@ -123,15 +171,15 @@ inline int64_t panel_lanes(const Weight& weight) {
     return (weight.in + held - 1) / held * PANEL;
 }
 
-template <class Lanes, class T>
-void multiply(const Operand& x, int64_t rows, const Weight& weight, T* y) {
+template <class Lanes, class Sink>
+void multiply(const Operand& x, int64_t rows, const Weight& weight, const Sink& sink) {
     int64_t width = weight.gate == Gate::none ? PANEL : PANEL / 2, panels = (weight.out + width - 1) / width;
     int64_t height = TILES_PER_TASK * Lanes::ROWS, chunks = (rows + height - 1) / height;
     // Enough tasks that the threads end together, few enough that taking one costs nothing.
     int64_t threads = Pool::get().threads(), together = chunks > 1 ? 1 : std::max<int64_t>(1, panels / (64 * threads));
     int64_t size = panel_lanes(weight);
     int64_t strips = (panels + together - 1) / together;
-    Pool::get().run(strips * chunks, [&](int64_t task, int) {
+    Pool::get().run(strips * chunks, [&](int64_t task, int thread) {
         float result[Lanes::ROWS * PANEL];
         int64_t chunk = task % chunks, end = std::min((chunk + 1) * height, rows);
         for (int64_t panel = task / chunks * together; panel < std::min((task / chunks + 1) * together, panels); panel++)
@@ -143,19 +191,19 @@ void multiply(const Operand& x, int64_t rows, const Weight& weight, T* y) {
                 bool fetch = chunks == 1 && row < 2 * Lanes::ROWS && panel + threads * together < panels;
                 const uint32_t* ahead = fetch ? lanes + threads * together * size + row / Lanes::ROWS * size / 2 : lanes;
                 multiply_rows<Lanes, Lanes::ROWS>(count, x.at(row), Panel{weight, panel, lanes, ahead}, result);
-                for (int64_t r = 0; r < count; r++) finish_row(result + r * PANEL, weight, panel, y + (row + r) * weight.out);
+                for (int64_t r = 0; r < count; r++) sink(result + r * PANEL, row + r, panel, thread);
             }
     });
 }
 
-template <class Lanes, class T, class Y>
-void multiply_integers(const T* x, int64_t rows, const Norm& norm, const Weight& weight, Y* y) {
+template <class Lanes, class T, class Sink>
+void multiply_integers(const T* x, int64_t rows, const Norm& norm, const Weight& weight, const Sink& sink) {
     static thread_local Quantized quantized;
     auto multiply_rows_of = [&](const auto& x) {
         if (weight.input_scales)
-            multiply<Lanes>(quantize<Lanes>(ScaledRows{x, weight.input_scales, weight.in}, rows, weight, quantized), rows, weight, y);
+            multiply<Lanes>(quantize<Lanes>(ScaledRows{x, weight.input_scales, weight.in}, rows, weight, quantized), rows, weight, sink);
         else
-            multiply<Lanes>(quantize<Lanes>(x, rows, weight, quantized), rows, weight, y);
+            multiply<Lanes>(quantize<Lanes>(x, rows, weight, quantized), rows, weight, sink);
     };
     if (norm.weight)
         multiply_rows_of(NormedRows<T>{x, norm, weight.in});
@@ -163,8 +211,8 @@ void multiply_integers(const T* x, int64_t rows, const Norm& norm, const Weight&
         multiply_rows_of(PlainRows<T>{x, weight.in});
 }
 
-template <class T, class Y>
-void multiply_floats(const T* x, int64_t rows, const Norm& norm, const Weight& weight, Y* y) {
+template <class T, class Sink>
+void multiply_floats(const T* x, int64_t rows, const Norm& norm, const Weight& weight, const Sink& sink) {
     using Lanes = typename LanesOf<T>::type;
     static thread_local std::vector<T> normed;
     if (norm.weight) {
@@ -174,17 +222,38 @@ void multiply_floats(const T* x, int64_t rows, const Norm& norm, const Weight& w
         x = into;
     }
     int64_t stride = weight.in / Lanes::GROUP;
-    multiply<Lanes>(Operand{(const uint32_t*)x, stride, stride, 1, 1, nullptr, nullptr, 0}, rows, weight, y);
+    multiply<Lanes>(Operand{(const uint32_t*)x, stride, stride, 1, 1, nullptr, nullptr, 0}, rows, weight, sink);
 }
 
-// y [rows, out] = x [rows, in], or the norm of what it is added to, times the packed weight. x is of the weight's type, or of
-// any for integer weights.
+// What the sink makes of x [rows, in], or of the norm of what it is added to, times the packed weight. x is of the weight's
+// type, or of any for integer weights.
+template <class T, class Sink>
+void multiply_any(const T* x, int64_t rows, const Norm& norm, const Weight& weight, const Sink& sink) {
+    Pool::get().expect(weight.next, weight.next_bytes);
+    if (weight.type == Type::int8) return multiply_integers<Int8Lanes>(x, rows, norm, weight, sink);
+    if (weight.type == Type::int4) return multiply_integers<Int4Lanes>(x, rows, norm, weight, sink);
+    multiply_floats(x, rows, norm, weight, sink);
+}
+
 template <class T, class Y>
 void linear(const T* x, int64_t rows, const Norm& norm, const Weight& weight, Y* y) {
-    Pool::get().expect(weight.next, weight.next_bytes);
-    if (weight.type == Type::int8) return multiply_integers<Int8Lanes>(x, rows, norm, weight, y);
-    if (weight.type == Type::int4) return multiply_integers<Int4Lanes>(x, rows, norm, weight, y);
-    multiply_floats(x, rows, norm, weight, y);
+    multiply_any(x, rows, norm, weight, WriteRows<Y>{weight, y});
+}
+
+// y [rows]: the column of each row's largest element, without writing the rows.
+template <class T>
+void find_largest(const T* x, int64_t rows, const Weight& weight, int64_t* y) {
+    int64_t threads = Pool::get().threads();
+    std::vector<Largest> found(threads * rows);
+    multiply_any(x, rows, Norm{}, weight, KeepLargest{weight, found.data(), rows});
+    for (int64_t row = 0; row < rows; row++) {
+        Largest best;
+        for (int64_t t = 0; t < threads; t++) {
+            const Largest& one = found[t * rows + row];
+            if (best.before(one.value, one.column)) best = one;
+        }
+        y[row] = best.column;
+    }
 }
 
 }  // namespace

@@ -113,6 +113,10 @@ NB_MODULE(_cpu, m) {
         nb::gil_scoped_release release;
         chosen->linear(Type(type), at<void>(x), rows, Norm{}, weight, Type(result), at<void>(y));
     });
+    m.def("find_largest", [](int type, uintptr_t x, int64_t rows, const Weight& weight, uintptr_t y) {
+        nb::gil_scoped_release release;
+        chosen->find_largest(Type(type), at<void>(x), rows, weight, at<int64_t>(y));
+    });
     m.def("norm_linear", [](int type, uintptr_t x, int64_t rows, uintptr_t residual, uintptr_t norm, float eps, const Weight& weight,
                             uintptr_t y) {
         nb::gil_scoped_release release;

@@ -1,0 +1,41 @@
+"""From hidden states to the next tokens. Most rows want the likeliest one alone, and their logits are never written.
+
+Which way a row takes changes no bit of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+from torch import Tensor
+
+from headrace.core import RowError
+from headrace.engine.generation import Generation
+from headrace.engine.sampling import Choice, sample
+from headrace.model import Model
+
+# Logit rows computed at once: bounds their memory.
+LOGIT_ROWS = 256
+
+
+def choose_tokens(
+    model: Model, hidden: Tensor, generations: Rows[Generation], end_tokens: frozenset[int]
+) -> list[Choice | RowError]:
+    """The next token of each generation from its hidden state [R, H]; an error for a row whose constraint fails."""
+    choices: list[Choice | RowError] = [(0, None)] * len(generations)
+    plain = [row for row, generation in enumerate(generations) if generation.plain]
+    if plain:
+        for row, token in zip(plain, model.find_likeliest(take(hidden, plain)).tolist(), strict=True):
+            choices[row] = (token, None)
+    others = [row for row, generation in enumerate(generations) if not generation.plain]
+    for start in range(0, len(others), LOGIT_ROWS):
+        part = others[start : start + LOGIT_ROWS]
+        found = sample(model.logits(take(hidden, part)), [generations[row] for row in part], end_tokens)
+        for row, choice in zip(part, found, strict=True):
+            choices[row] = choice
+    return choices
+
+
+def take(hidden: Tensor, rows: list[int]) -> Tensor:
+    """These rows, in ascending order; without copying if they are all."""
+    return hidden if len(rows) == hidden.shape[0] else hidden[rows]

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from headrace.checkpoint import open_checkpoint
 from headrace.core import Request, SamplingParams
-from headrace.job.planning import open_site
 from headrace.options import EngineOptions
 from headrace.plan.simulator import Simulator, Task
+from headrace.plan.site import open_site
 from headrace.schedule.prefixes import grow_tree, order_rows
 
 

@@ -37,7 +37,7 @@ def test_pages_show_commands_and_code() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page: Path) -> None:
     for command in commands(page):
-        assert command[1] in ("run", "pull", "models", "bench", "eval", "report", "quantize", "plan"), command
+        assert command[1] in ("run", "pull", "models", "bench", "eval", "report", "quantize", "plan", "tune"), command
         assert not [word for word in command if word.startswith("-") and word != "-" and word not in FLAGS], command
         named = [word for word in command if word.startswith("examples/")]
         assert not [word for word in named if not (ROOT / word).exists()], command

@@ -53,7 +53,7 @@ class LLM:
         unknown = sorted(set(options) - known)
         if unknown:
             raise InputError(f"LLM has no setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
-        self.options = EngineOptions(
+        asked = EngineOptions(
             model=model,
             precision=precision,
             kv_cache_bytes=kv_cache_bytes,
@@ -61,8 +61,8 @@ class LLM:
             **options,
         )
         began = time.perf_counter()
-        loaded = load_engine(self.options)
-        self.engine, self.tokenizer = loaded.engine, loaded.tokenizer
+        loaded = load_engine(asked)
+        self.options, self.engine, self.tokenizer = loaded.options, loaded.engine, loaded.tokenizer
         self.model_name, self.model_hash = loaded.model_name, loaded.model_hash
         self.resolved = loaded.resolved
         self.load_seconds = time.perf_counter() - began

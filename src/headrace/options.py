@@ -65,6 +65,9 @@ class EngineOptions(Options):
         32, "Tokens in a KV block, a multiple of 16; equal prefixes are shared in whole blocks.", low=16
     )
     step_tokens: int = setting(1024, "Most tokens computed in one step; prefill is cut into chunks to fit.", low=1)
+    step_seconds: float | None = setting(
+        None, "Most seconds a step may take; lowers step_tokens to what `headrace bench steps` has shown to fit.", low=0
+    )
     max_sequences: int = setting(128, "Most sequences that run at once.", low=1)
     schedule: Literal["planned", "fcfs", "shortest", "random"] = setting(
         "planned",
@@ -81,6 +84,9 @@ class EngineOptions(Options):
     )
     keep_packed: bool = setting(
         True, "Keep the weights as the kernels use them in the cache folder, so that the next start is faster."
+    )
+    tuned: bool = setting(
+        True, "Where step_tokens, max_sequences, block_size and threads are left alone, use what `headrace tune` found."
     )
     prefix_cache: bool = setting(True, "Compute equal prompt prefixes once.")
     prefix_retain_bytes: int = setting(

@@ -19,7 +19,7 @@ from headrace.cli.config import default_output, resolve
 from headrace.cli.flags import add_settings
 from headrace.cli.grouped import GroupedCommand
 from headrace.cli.measuring import bench, judge, quantize, report
-from headrace.cli.planning import PLAN_FLAGS, plan
+from headrace.cli.planning import PLAN_FLAGS, plan, tune
 
 app = typer.Typer(
     name="headrace",
@@ -73,6 +73,7 @@ def run(input: str, output: str | None, config: Path | None, **flags: object) ->
 
 app.command(cls=GroupedCommand)(add_settings(run))
 app.command(cls=GroupedCommand)(add_settings(plan, PLAN_FLAGS))
+app.command(cls=GroupedCommand)(tune)
 app.command(cls=GroupedCommand)(report)
 app.command(cls=GroupedCommand)(quantize)
 app.add_typer(bench, name="bench")

@@ -11,6 +11,10 @@ import typer
 
 from headrace.cli.settings import Setting, all_settings
 
+Model = Annotated[str, typer.Option(help="A name from `headrace models`, a model folder, a .gguf file or a hub id.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or int4.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 
 def make_parameter(setting: Setting) -> inspect.Parameter:
     """The command-line parameter of one setting. None means not given: then TOML or the default decides."""

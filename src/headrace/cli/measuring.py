@@ -9,19 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
+from headrace.cli.flags import AsJson, Model, Precision
 from headrace.cli.grouped import GroupedCommand
 from headrace.cli.planning import write_page
 from headrace.core import InputError
 from headrace.options import DEFAULT_MODEL
 
-Model = Annotated[str, typer.Option(help="A name from `headrace models`, a model folder, a .gguf file or a hub id.")]
 Text = Annotated[Path, typer.Option(metavar="FILE", help="Plain text in UTF-8.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or int4.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores if not given.")]
 InstructionSet = Annotated[str, typer.Option(help="What the kernels use: auto, avx512_bf16, avx512, avx2 or portable.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that are read together.")]
 Most = Annotated[int, typer.Option("--tokens", min=2, help="Most tokens of the text to use.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # Fewer say too little of a model to choose by.
 LEAST_TOKENS = 4096

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import typer
 
 from headrace.cli.config import default_output, resolve
-from headrace.cli.flags import make_flag
+from headrace.cli.flags import AsJson, Model, Precision, make_flag
 from headrace.core import InputError
+from headrace.options import DEFAULT_MODEL, EngineOptions
 
 PLAN_FLAGS = (
     make_flag("expect_output", int | None, None, min=1, help="Tokens that a row's output will have, where it is open."),
@@ -58,6 +60,43 @@ def plan(
     typer.echo(format_forecast(values))
     if compare:
         typer.echo("\n" + format_comparison(values["compared"]))
+
+
+def tune(
+    model: Model = DEFAULT_MODEL,
+    precision: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Find the settings that run fastest on this machine, and keep them for this model.
+
+    Tokens a step, sequences, block size, threads: many by simulation (`headrace bench steps` must have been run), the
+    best by short runs in turn, some three minutes for 135 million parameters. Runs then use what was found wherever
+    these settings are left at their defaults (--no-tuned: not). No result changes by it.
+
+    \b
+    Example:
+      headrace tune --model smollm2-135m --precision int8
+    """
+    from rich.console import Console
+
+    from headrace.checkpoint import open_checkpoint
+    from headrace.engine.loading import choose
+    from headrace.engine.tuned import save_tuned
+    from headrace.plan.tuning import describe_changes
+    from headrace.plan.tuning import tune as search
+
+    options = EngineOptions(model=model, precision=precision)  # type: ignore[arg-type]
+    checkpoint = open_checkpoint(model)
+    choice = choose(options, checkpoint)
+    with Console(stderr=True).status("tuning") as status:
+        found = search(options, checkpoint, status.update)
+    path = save_tuned(checkpoint.hash(), choice.machine, choice.precision, found.kept)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found)))
+        return
+    for trial in found.trials:
+        typer.echo(f"{trial.seconds:7.2f} s  {describe_changes(trial.changes)}")
+    typer.echo(f"kept in {path}: {describe_changes(found.kept)}")
 
 
 def write_page(path: Path, page: str) -> None:

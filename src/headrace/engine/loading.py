@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from headrace.core import InputError
 from headrace.engine.engine import Engine
 from headrace.engine.memory import read_available_bytes
 from headrace.engine.precision import choose_precision
+from headrace.engine.tuned import apply_tuned
 from headrace.kernels import choose_kernels
 from headrace.kernels.base import Kernels
 from headrace.kernels.timed import TimedKernels
 from headrace.meter.meter import Meter
 from headrace.meter.peaks import count_cores, describe_machine, load_peaks
+from headrace.meter.step_time import describe_setting, load_step_time
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model, ModelSettings, load_model
 from headrace.model.config import ModelConfig
@@ -37,9 +39,11 @@ PACKING = 2
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """An engine and what it was made from. `resolved` holds every setting as it was chosen, and versions."""
+    """An engine and what it was made from. `options` are those that it runs with; `resolved` holds every setting as it
+    was chosen, and versions."""
 
     engine: Engine
+    options: EngineOptions
     tokenizer: Tokenizer
     model_name: str
     model_hash: str
@@ -48,8 +52,13 @@ class LoadedEngine:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the settings come to on this machine for one model, before any weight is read."""
+    """What the settings come to on this machine for one model, before any weight is read.
 
+    `options` are those asked for, with what `headrace tune` has found in place of defaults, and `step_tokens` as
+    `step_seconds` allows.
+    """
+
+    options: EngineOptions
     kernels: Kernels
     precision: PrecisionName
     precision_reason: str
@@ -59,12 +68,32 @@ class Choice:
     def machine(self) -> str:
         return describe_machine(self.kernels.instruction_set)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting as it was chosen."""
+        return asdict(self.options) | {
+            "precision": self.precision,
+            "precision_reason": self.precision_reason,
+            "kernels": self.kernels.name,
+            "instruction_set": self.kernels.instruction_set,
+            "threads": self.threads,
+        }
+
 
 def choose(options: EngineOptions, checkpoint: Checkpoint) -> Choice:
     """Raises InputError for settings that cannot work here."""
     kernels = choose_kernels(options.kernels, options.device, options.instruction_set)
     precision, why = choose_precision(options, kernels.instruction_set, checkpoint.hash())
-    return Choice(kernels, precision, why, options.threads or count_cores())
+    machine = describe_machine(kernels.instruction_set)
+    options = apply_tuned(options, checkpoint.hash(), machine, precision)
+    choice = Choice(options, kernels, precision, why, options.threads or count_cores())
+    if options.step_seconds is None:
+        return choice
+    found = load_step_time(describe_setting(checkpoint.hash(), machine, choice.settings))
+    if found is None:
+        raise InputError("step_seconds needs to know what steps take here: `headrace bench steps` measures it, once")
+    most = min(options.step_tokens, found.most_tokens(options.step_seconds))
+    return replace(choice, options=replace(options, step_tokens=most))
 
 
 def load_engine(options: EngineOptions) -> LoadedEngine:
@@ -75,7 +104,8 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     watch = Stopwatch()
     checkpoint = open_checkpoint(options.model)
     choice = choose(options, checkpoint)
-    kernels, precision, threads = TimedKernels(choice.kernels, watch), choice.precision, choice.threads
+    options, kernels = choice.options, TimedKernels(choice.kernels, watch)
+    precision, threads = choice.precision, choice.threads
     settings = ModelSettings(
         precision=precision,
         device=options.device,
@@ -91,17 +121,12 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     tokenizer = checkpoint.tokenizer()
     meter = Meter(model.shape, load_peaks(choice.machine, threads), watch)
     engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule](), options.seed, meter)
-    resolved = asdict(options) | {
-        "precision": precision,
-        "precision_reason": choice.precision_reason,
+    resolved = choice.settings | {
         "weights": model.note,
-        "instruction_set": kernels.instruction_set,
-        "kernels": kernels.name,
-        "threads": threads,
         "kv_cache_bytes": cache.num_blocks * cache.block_bytes,
         "max_context": model.config.context_length,
     }
-    return LoadedEngine(engine, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
+    return LoadedEngine(engine, options, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
 
 
 def name_packed(checkpoint: Checkpoint, precision: str, kernels: str) -> Path:

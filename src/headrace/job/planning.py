@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from headrace.cache.layout import CacheLayout
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.core import InputError
-from headrace.engine.loading import Choice, choose, size_cache
 from headrace.job.intake import STDIN, Ask, open_rows
 from headrace.job.pile import Expectation, Pile, read_pile
 from headrace.meter.peaks import count_cores
-from headrace.meter.step_time import StepTime, describe_setting, load_step_time
-from headrace.model.config import ModelConfig
-from headrace.model.loading import read_config
-from headrace.options import EngineOptions
 from headrace.plan.forecast import forecast
-from headrace.plan.simulator import Memory
+from headrace.plan.site import Site, open_site
 from headrace.quant import FORMATS
 
 # Of simulation; a step takes about a thousandth of a second of it.
@@ -27,41 +21,6 @@ MOST_STEPS = 40_000
 SHOWN = ("precision", "threads", "schedule", "step_tokens", "max_sequences", "block_size")
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A model on this machine under some settings: all that a simulation needs of them."""
-
-    options: EngineOptions
-    choice: Choice
-    memory: Memory
-    step_time: StepTime | None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return settle(self.options, self.choice)
-
-
-def settle(options: EngineOptions, choice: Choice) -> dict[str, Any]:
-    """The settings as they will be, kernels and threads named."""
-    chosen = {"precision": choice.precision, "threads": choice.threads, "kernels": choice.kernels.name}
-    return asdict(options) | chosen
-
-
-def open_site(options: EngineOptions, checkpoint: Checkpoint) -> Site:
-    """Raises InputError for settings that cannot work here, ModelError for a model that is not supported."""
-    choice, config = choose(options, checkpoint), read_model(options, checkpoint)
-    layout = CacheLayout.from_windows(config.windows, options.block_size)
-    num_blocks, block_bytes = size_cache(config, layout, options, FORMATS[choice.precision].dtype)
-    setting = describe_setting(checkpoint.hash(), choice.machine, settle(options, choice))
-    memory = Memory(layout, num_blocks, block_bytes, config.context_length)
-    return Site(options, choice, memory, load_step_time(setting))
-
-
-def read_model(options: EngineOptions, checkpoint: Checkpoint) -> ModelConfig:
-    config = read_config(checkpoint.config)
-    return config if options.max_context is None else replace(config, context_length=options.max_context)
 
 
 def plan_job(ask: Ask, expected: int | None, compare: bool, tell: Tell) -> dict[str, Any]:

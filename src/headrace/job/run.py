@@ -39,6 +39,7 @@ class Work:
     rows: int = 0
     failed: int = 0
     shared: int = 0
+    windows: int = 0
     forecast: dict[str, Any] | None = None
 
 
@@ -114,6 +115,8 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
             progress.update(engine.counters)
         progress.update(engine.counters, last=True)
         work.run_seconds, work.shared = progress.seconds, feed.flow.shared
+        # The last window is not full.
+        work.windows = feed.window.filled + feed.window.filling
     return work
 
 
@@ -182,6 +185,7 @@ def make_report(job: Job, work: Work) -> dict[str, Any]:
         "failed": work.failed,
         **describe_run(work.counters, work.meter, work.load_seconds, work.run_seconds, work.settings, job.model_hash),
         "forecast": compare_forecast(work),
+        "windows": work.windows,
         "rows_total": job.rows,
         "rows_resumed": totals.rows - work.rows,
         "rows_shared": work.shared,

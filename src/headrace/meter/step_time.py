@@ -16,6 +16,9 @@ from typing import Any
 from headrace.meter.kept import kept_path, read_kept, write_kept
 from headrace.meter.operations import Piece, count_seen
 
+# Products work in tiles of about so many rows.
+TILE = 32
+
 Table = Sequence[tuple[int, float]]
 
 
@@ -53,6 +56,13 @@ class StepTime:
             for window, layers in kinds.items():
                 seconds += layers * self._attend(piece, window)
         return seconds
+
+    def most_tokens(self, seconds: float) -> int:
+        """Tokens that a step may compute in so many seconds, in tiles, were each a row's next; one tile at least."""
+        count = TILE
+        while count < 65_536 and self.predict([Piece(0, 1, 1, True)] * (count + TILE)) <= seconds:
+            count += TILE
+        return count
 
     def _attend(self, piece: Piece, window: int | None) -> float:
         seen = count_seen(piece.start, piece.length, window)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,17 @@ class StepTime:
             for window, layers in kinds.items():
                 seconds += layers * self._attend(piece, window)
         return seconds
+
+    def scale(self, factor: float) -> StepTime:
+        """The same with every second `factor` times as long."""
+        return replace(
+            self,
+            tokens=[(count, seconds * factor) for count, seconds in self.tokens],
+            wanted=[(count, seconds * factor) for count, seconds in self.wanted],
+            chunk=self.chunk * factor,
+            own=self.own * factor,
+            shared=self.shared * factor,
+        )
 
     def most_tokens(self, seconds: float) -> int:
         """Tokens that a step may compute in so many seconds, in tiles, were each a row's next; one tile at least."""

@@ -136,7 +136,9 @@ def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
     ]
     found = replace(found, wanted=tuple(wanted))
     tell("a small pile")
-    found = replace(found, error=check_fit(llm, found))
+    # The least of rounds is what steps take at best: a pile says how far from it they are in the long run.
+    found = found.scale(1 + run_check(llm, prober, found))
+    found = replace(found, error=abs(run_check(llm, prober, found)))
     if found.error > MOST_ERROR:
         raise NoisyMachine(
             f"a small pile took {found.error:.0%} more or less than foreseen (at most {MOST_ERROR:.0%} is believed): "
@@ -183,9 +185,8 @@ def count_pairs(windows: tuple[int | None, ...], start: int, length: int) -> int
     return sum(count_seen(start, length, window) for window in windows)
 
 
-def check_fit(llm: LLM, found: StepTime) -> float:
-    """By which share the time of a small mixed pile differs from its prediction."""
-    prober = Prober(llm)
+def run_check(llm: LLM, prober: Prober, found: StepTime) -> float:
+    """By which share a small mixed pile takes longer than predicted."""
     tasks = list(make_pile(prober))
     began = time.perf_counter()
     for task in tasks:
@@ -197,7 +198,7 @@ def check_fit(llm: LLM, found: StepTime) -> float:
     memory = Memory(cache.layout, cache.num_blocks, cache.block_bytes, llm.context_length)
     names = EngineOptions.__dataclass_fields__
     options = EngineOptions(**{name: value for name, value in llm.resolved.items() if name in names})
-    return abs(Simulator(options, memory, found).run(tasks).seconds / seconds - 1)
+    return seconds / Simulator(options, memory, found).run(tasks).seconds - 1
 
 
 def make_pile(prober: Prober) -> Iterator[Task]:

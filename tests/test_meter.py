@@ -80,6 +80,10 @@ class Recorder(CpuKernels):
         self.products += 2 * x.shape[0] * x.shape[1] * weight.rows
         return super().linear(x, weight, dtype)
 
+    def find_largest(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        self.products += 2 * x.shape[0] * x.shape[1] * weight.rows
+        return super().find_largest(x, weight)
+
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
         self.products += 2 * residual.shape[0] * residual.shape[1] * weight.rows
         return super().norm_linear(x, residual, norm, eps, weight)

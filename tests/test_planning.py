@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jobs import batch_rows, engine_options, write_lines
 from schedule_driver import Driver, make_state
+from step_times import TIMES
 
 import headrace.engine.engine as engine_module
 from headrace.cli import main
@@ -30,17 +31,6 @@ from headrace.plan.simulator import Memory, Simulator, Task
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.planned import Planned
 from headrace.schedule.window import MOST_TOKENS, Window
-
-TIMES = StepTime(
-    setting="a test",
-    tokens=[(1, 0.01), (64, 0.05), (1024, 0.5)],
-    wanted=[(1, 0.001), (128, 0.02)],
-    chunk=1e-7,
-    own=4e-7,
-    shared=1e-7,
-    windows=(None, None, 8),
-    error=0.03,
-)
 
 
 def make_requests(count: int) -> list[Request]:
@@ -85,7 +75,8 @@ def test_simulated_steps_are_the_engines(
     found = Simulator(options, memory, TIMES, simulated.append).run(tasks)
     assert simulated == plans and len(plans) > 30
     assert (found.steps, found.preemptions) == (counters.steps, counters.preemptions)
-    assert found.prompt_tokens == counters.prompt_tokens and found.output_tokens == counters.output_tokens
+    assert found.cached_prompt_tokens == counters.cached_prompt_tokens
+    assert found.output_tokens == counters.output_tokens
     assert found.peak_blocks * cache.block_bytes == counters.kv_peak_bytes
     assert found.tasks == len(requests) and found.left == []
 
@@ -145,10 +136,23 @@ def test_what_is_not_simulated_goes_on_alike() -> None:
     whole, part = (forecast(tasks, options, memory, TIMES, most_steps=most) for most in (None, 60))
     assert whole.simulated == 1.0 and 0.1 < part.simulated < 0.9 and whole.seconds is not None
     assert part.seconds == pytest.approx(whole.seconds, rel=0.1) and part.steps == pytest.approx(whole.steps, rel=0.1)
+    # Even where no row has ended yet, what was computed of them counts.
+    early = forecast(make_tasks(16, 300), options, memory, TIMES, most_steps=40)
+    late = forecast(make_tasks(16, 300), options, memory, TIMES)
+    assert early.seconds == pytest.approx(late.seconds, rel=0.25) and early.planned_tokens == late.planned_tokens
     assert whole.planned_tokens == whole.arrival_tokens == 400 * 20, "less than a block is not shared"
     assert whole.error == max(LEAST_ERROR, 2 * TIMES.error)
     unknown = forecast(tasks, options, memory, None)
     assert unknown.seconds is None and unknown.steps == whole.steps
+
+
+def test_impossible_alternatives_are_said_beside_the_others(tiny_model: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", batch_rows(3))
+    ask = ask_of(tiny_model, source)
+    one_block = 2 * 2 * 16 * 2 * 16 * 4
+    small = replace(ask, engine=replace(ask.engine, kv_cache_bytes=8 * one_block))
+    said = {each["name"]: each["impossible"] for each in plan_job(small, None, True, lambda text: None)["compared"]}
+    assert said["KV memory / 4"] is None and "holds no KV block" in said["KV memory / 16"]
 
 
 def measure_tail(schedule: Any) -> float:

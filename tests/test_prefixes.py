@@ -134,6 +134,17 @@ def test_nothing_is_overtaken_for_ever() -> None:
     assert order[0].prompt_length == 1
 
 
+def test_what_is_left_of_a_window_goes_before_the_next() -> None:
+    driver = Driver(make_state([None], 500, 4, max_sequences=2), schedule=Planned())
+    first = add_rows(driver, [[1] * 50, [2] * 50, [3] * 50, [4] * 50], 1)
+    driver.plan()
+    driver.execute(driver.plan())
+    better = add_rows(driver, [[5]], 30)
+    driver.plan()
+    waiting = list(driver.state.waiting)
+    assert len(waiting) > 1 and waiting[-1] in better and set(waiting[:-1]) <= set(first)
+
+
 def test_a_plan_sees_preempted_rows_first() -> None:
     driver = Driver(make_state([None], 500, 4, max_sequences=2), schedule=Planned())
     first = add_rows(driver, [[1] * 9, [2] * 9, [3] * 9])

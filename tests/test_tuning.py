@@ -8,27 +8,16 @@ from typing import Any
 
 import pytest
 from jobs import engine_options
+from step_times import TIMES
 
 from headrace.checkpoint import open_checkpoint
 from headrace.core import InputError
 from headrace.engine.loading import choose
 from headrace.engine.tuned import apply_tuned, load_tuned, save_tuned
 from headrace.llm import LLM
-from headrace.meter.step_time import StepTime
 from headrace.options import EngineOptions
 from headrace.plan import site, tuning
 from headrace.plan.tuning import LEAST_GAIN, MAX_SEQUENCES, STEP_TOKENS, rank_simulated, run_pile, tune
-
-TIMES = StepTime(
-    setting="a test",
-    tokens=[(1, 0.01), (64, 0.05), (1024, 0.5)],
-    wanted=[(1, 0.001), (128, 0.02)],
-    chunk=1e-7,
-    own=4e-7,
-    shared=1e-7,
-    windows=(None, None),
-    error=0.03,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +81,12 @@ def test_the_pile_runs(tiny_model: Path) -> None:
 
 
 def test_a_time_for_a_step_bounds_its_tokens(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert TIMES.most_tokens(0.0) == 32 and TIMES.most_tokens(0.065) == 64
-    assert 500 < TIMES.most_tokens(0.4) < 800
+    assert TIMES.most_tokens(0.0, 1024) == 32 and TIMES.most_tokens(0.065, 1024) == 64
+    assert (
+        500 < TIMES.most_tokens(0.4, 1024) < 800
+        and TIMES.most_tokens(9.0, 1024) == 1024
+        and TIMES.most_tokens(9.0, 20) == 20
+    )
     options, checkpoint = engine_options(tiny_model, step_seconds=0.065), open_checkpoint(str(tiny_model))
     with pytest.raises(InputError, match="headrace bench steps"):
         choose(options, checkpoint)

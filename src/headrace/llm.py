@@ -119,7 +119,7 @@ class LLM:
             raise InputError(
                 f"params must be one for all or one a prompt: got {len(params)} for {len(prompts)} prompts"
             )
-        return self._run(self._requests(prompts, params))
+        return self._run(self._requests(prompts, params), lazy=not isinstance(prompts, Sequence))
 
     def score(self, texts: Prompt | Sequence[Prompt], *, progress: bool = True) -> list[ScoreOutput]:
         """Log probability of every token of each text under the model, and the text's perplexity.
@@ -182,13 +182,13 @@ class LLM:
             text = prompt if isinstance(prompt, str) else None
             yield Request(str(index), tuple(self._tokens(prompt)), own, score), text
 
-    def _run(self, requests: Iterator[tuple[Request, str | None]]) -> Iterator[RequestOutput]:
+    def _run(self, requests: Iterator[tuple[Request, str | None]], lazy: bool = False) -> Iterator[RequestOutput]:
         """Keep the engine supplied and yield its answers; whatever happens, leave it empty."""
         engine, self._busy = self.engine, True
         texts: dict[str, str | None] = {}
         began = time.perf_counter()
         try:
-            window, tokens = Window(engine.state, engine.schedule), 0
+            window, tokens = Window(engine.state, engine.schedule, lazy), 0
             supply: Iterator[tuple[Request, str | None]] | None = requests
             while supply is not None or engine.unfinished:
                 while supply is not None and window.wants(tokens):

@@ -66,7 +66,10 @@ class EngineOptions(Options):
     )
     step_tokens: int = setting(1024, "Most tokens computed in one step; prefill is cut into chunks to fit.", low=1)
     step_seconds: float | None = setting(
-        None, "Most seconds a step may take; lowers step_tokens to what `headrace bench steps` has shown to fit.", low=0
+        None,
+        "Most seconds a step may take; lowers step_tokens to what `headrace bench steps` has shown to fit, contexts "
+        "being short.",
+        low=0,
     )
     max_sequences: int = setting(128, "Most sequences that run at once.", low=1)
     schedule: Literal["planned", "fcfs", "shortest", "random"] = setting(
@@ -86,7 +89,8 @@ class EngineOptions(Options):
         True, "Keep the weights as the kernels use them in the cache folder, so that the next start is faster."
     )
     tuned: bool = setting(
-        True, "Where step_tokens, max_sequences, block_size and threads are left alone, use what `headrace tune` found."
+        True,
+        "Use what `headrace tune` found for step_tokens, max_sequences, block_size, threads that have their default.",
     )
     prefix_cache: bool = setting(True, "Compute equal prompt prefixes once.")
     prefix_retain_bytes: int = setting(

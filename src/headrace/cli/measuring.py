@@ -35,7 +35,7 @@ def peaks(threads: Threads = None, instruction_set: InstructionSet = "auto", as_
     Operations a second in fp32, bf16 and int8, products at several row counts, memory read, write and copy. Takes about
     half a minute; reports then say which share of it a run used. Numbers that scatter by more than 10 % are refused.
 
-    \\b
+    \b
     Example:
       headrace bench peaks --threads 2
     """
@@ -71,7 +71,7 @@ def steps(
     Some two hundred steps of different form, and a small pile to check the result with. `headrace plan` and `headrace
     run` then say beforehand how long a job takes. Times that scatter too much are refused.
 
-    \\b
+    \b
     Example:
       headrace bench steps --model smollm2-135m --precision int8
     """
@@ -105,7 +105,7 @@ def ppl(
 ) -> None:
     """Perplexity of a text, in windows that know nothing of each other.
 
-    \\b
+    \b
     Example:
       headrace eval ppl --text novel.txt --precision int8
     """
@@ -133,7 +133,7 @@ def agree(
 
     The loss, by which share perplexity rises, is kept for --precision auto if the text has 4,096 tokens or more.
 
-    \\b
+    \b
     Example:
       headrace eval agree --text novel.txt --precision int8 --against bf16
     """
@@ -212,7 +212,7 @@ def report(
 ) -> None:
     """Show a run's report, or draw it as a page.
 
-    \\b
+    \b
     Example:
       headrace report answers.jsonl.report.json --html answers.html
     """

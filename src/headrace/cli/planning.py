@@ -47,19 +47,24 @@ def plan(
     from headrace.job.planning import plan_job
     from headrace.plan.words import format_comparison, format_forecast
 
+    if input == "-":
+        raise InputError("a plan reads its rows from a file: name one instead of -")
     ask = read_ask(input, output or default_output(input), *settings)
-    with Console(stderr=True).status("reading") as status:
-        values = plan_job(ask, expect_output, compare, status.update)
     if html is not None:
         from headrace.plan.page import draw_forecast
 
-        write_page(html, draw_forecast(values))
+        if not html.parent.is_dir():
+            raise InputError(f"{html} cannot be written: {html.parent} does not exist")
+    with Console(stderr=True).status("reading") as status:
+        values = plan_job(ask, expect_output, compare, status.update)
     if ask.run.json:
         typer.echo(json.dumps(values))
-        return
-    typer.echo(format_forecast(values))
-    if compare:
-        typer.echo("\n" + format_comparison(values["compared"]))
+    else:
+        typer.echo(format_forecast(values))
+        if compare:
+            typer.echo("\n" + format_comparison(values["compared"]))
+    if html is not None:
+        write_page(html, draw_forecast(values))
 
 
 def tune(
@@ -97,6 +102,8 @@ def tune(
     for trial in found.trials:
         typer.echo(f"{trial.seconds:7.2f} s  {describe_changes(trial.changes)}")
     typer.echo(f"kept in {path}: {describe_changes(found.kept)}")
+    if {"block_size", "threads"} & set(found.kept):
+        typer.echo("what steps take has changed by it: run `headrace bench steps` again for forecasts")
 
 
 def write_page(path: Path, page: str) -> None:

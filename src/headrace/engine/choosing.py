@@ -5,6 +5,7 @@ Which way a row takes changes no bit of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 
 from torch import Tensor
@@ -23,17 +24,19 @@ def choose_tokens(
 ) -> list[Choice | RowError]:
     """The next token of each generation from its hidden state [R, H]; an error for a row whose constraint fails."""
     choices: list[Choice | RowError] = [(0, None)] * len(generations)
-    plain = [row for row, generation in enumerate(generations) if generation.plain]
-    if plain:
-        for row, token in zip(plain, model.find_likeliest(take(hidden, plain)).tolist(), strict=True):
+    for part in cut([row for row, generation in enumerate(generations) if generation.plain]):
+        for row, token in zip(part, model.find_likeliest(take(hidden, part)).tolist(), strict=True):
             choices[row] = (token, None)
-    others = [row for row, generation in enumerate(generations) if not generation.plain]
-    for start in range(0, len(others), LOGIT_ROWS):
-        part = others[start : start + LOGIT_ROWS]
+    for part in cut([row for row, generation in enumerate(generations) if not generation.plain]):
         found = sample(model.logits(take(hidden, part)), [generations[row] for row in part], end_tokens)
         for row, choice in zip(part, found, strict=True):
             choices[row] = choice
     return choices
+
+
+def cut(rows: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(rows), LOGIT_ROWS):
+        yield rows[start : start + LOGIT_ROWS]
 
 
 def take(hidden: Tensor, rows: list[int]) -> Tensor:

@@ -92,7 +92,7 @@ def choose(options: EngineOptions, checkpoint: Checkpoint) -> Choice:
     found = load_step_time(describe_setting(checkpoint.hash(), machine, choice.settings))
     if found is None:
         raise InputError("step_seconds needs to know what steps take here: `headrace bench steps` measures it, once")
-    most = min(options.step_tokens, found.most_tokens(options.step_seconds))
+    most = found.most_tokens(options.step_seconds, options.step_tokens)
     return replace(choice, options=replace(options, step_tokens=most))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from functools import cached_property
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -43,7 +44,7 @@ class ConstraintCompiler:
                 self._prototypes.popitem(last=False)
             self._prototypes[constraint] = prototype
         self._prototypes.move_to_end(constraint)
-        return Matcher(prototype.deep_copy(), self.vocab_size)
+        return Matcher(prototype, self.vocab_size)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         try:
@@ -60,12 +61,19 @@ class ConstraintCompiler:
 
 
 class Matcher:
-    """Where one sequence stands in its grammar."""
+    """Where one sequence stands in its grammar; a parser of its own from its first token on, for thousands may wait."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
-        self._mask = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+    def __init__(self, prototype: LLMatcher, vocab_size: int) -> None:
+        self._prototype = prototype
         self._vocab_size = vocab_size
+
+    @cached_property
+    def _matcher(self) -> LLMatcher:
+        return self._prototype.deep_copy()
+
+    @cached_property
+    def _mask(self) -> NDArray[np.int32]:
+        return np.zeros((self._vocab_size + 31) // 32, dtype=np.int32)
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next: bool [vocabulary]. Raises RowError when the grammar exceeds its limits."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.meter.kept import kept_path, read_kept, write_kept
+from headrace.meter.peaks import count_cores
 from headrace.options import EngineOptions
 
 TUNED = ("step_tokens", "max_sequences", "block_size", "threads")
@@ -32,7 +33,9 @@ def apply_tuned(options: EngineOptions, model_hash: str, machine: str, precision
 def load_tuned(model_hash: str, machine: str, precision: str) -> dict[str, int]:
     entries = read_kept(tuned_path())
     found = entries.get(name_entry(model_hash, machine, precision)) if isinstance(entries, dict) else None
-    return {name: int(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, int) and value > 0}
 
 
 def save_tuned(model_hash: str, machine: str, precision: str, found: Mapping[str, int]) -> Path:
@@ -44,4 +47,4 @@ def save_tuned(model_hash: str, machine: str, precision: str, found: Mapping[str
 
 
 def name_entry(model_hash: str, machine: str, precision: str) -> str:
-    return f"{model_hash[:16]} {machine} {precision}"
+    return f"{model_hash[:16]} {machine} {count_cores()} cores {precision}"

@@ -15,6 +15,8 @@ from headrace.plan.simulator import Memory
 
 # More would keep a large job from starting; what is left is taken to go on alike.
 MOST_STEPS = 1500
+TOKENS = ("prompt_tokens", "output_tokens", "optimum_tokens", "arrival_tokens", "planned_tokens")
+SCALED = ("requests", "seconds", "energy_j", "steps", "preemptions", "windows", *TOKENS)
 
 
 def foresee(llm: LLM, feed: Feed, rows: int, elapsed: float) -> dict[str, Any]:
@@ -35,6 +37,6 @@ def foresee(llm: LLM, feed: Feed, rows: int, elapsed: float) -> dict[str, Any]:
     del found["timeline"]
     found["seconds"] += elapsed
     scale = 1.0 if feed.exhausted else max(1.0, rows / max(1, feed.flow.rows))
-    for name in ("seconds", "energy_j", "steps", "prompt_tokens", "output_tokens", "planned_tokens"):
+    for name in SCALED:
         found[name] = None if found[name] is None else found[name] * scale
     return found | {"rows": rows, "rows_seen": feed.flow.rows}

@@ -55,7 +55,7 @@ def plan_job(ask: Ask, expected: int | None, compare: bool, tell: Tell) -> dict[
         "precision_reason": site.choice.precision_reason,
     }
     if compare:
-        values["compared"] = list(compare_settings(site, checkpoint, pile, ask.run.price_per_hour, tell))
+        values["compared"] = list(compare_settings(ask, site, checkpoint, pile, tell))
     return values
 
 
@@ -66,16 +66,18 @@ def foresee(site: Site, pile: Pile, price: float | None) -> dict[str, Any]:
     return asdict(found) | {"cost": cost}
 
 
-def compare_settings(
-    site: Site, checkpoint: Checkpoint, pile: Pile, price: float | None, tell: Tell
-) -> Iterator[dict[str, Any]]:
-    """Forecasts under each precision, number of threads, and KV budget."""
+def compare_settings(ask: Ask, site: Site, checkpoint: Checkpoint, pile: Pile, tell: Tell) -> Iterator[dict[str, Any]]:
+    """Forecasts under each precision, number of threads, and KV budget; `impossible` says why one cannot be had."""
     for name, change in list_changes(site):
         tell(f"simulating {name}")
-        other = open_site(replace(site.options, **change), checkpoint)
-        values = foresee(other, pile, price)
+        try:
+            other = open_site(replace(ask.engine, **change), checkpoint)
+        except InputError as error:
+            yield {"name": name, "impossible": str(error)}
+            continue
+        values = foresee(other, pile, ask.run.price_per_hour)
         del values["timeline"]
-        yield {"name": name, **values}
+        yield {"name": name, "impossible": None, **values}
 
 
 def list_changes(site: Site) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -87,4 +89,4 @@ def list_changes(site: Site) -> Iterator[tuple[str, dict[str, Any]]]:
         threads *= 2
     budget = site.memory.num_blocks * site.memory.block_bytes
     for parts in (4, 16):
-        yield f"KV memory / {parts}", {"precision": site.choice.precision, "kv_cache_bytes": budget // parts}
+        yield f"KV memory / {parts}", {"precision": site.choice.precision, "kv_cache_bytes": max(1, budget // parts)}

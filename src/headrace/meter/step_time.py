@@ -68,12 +68,15 @@ class StepTime:
             shared=self.shared * factor,
         )
 
-    def most_tokens(self, seconds: float) -> int:
-        """Tokens that a step may compute in so many seconds, in tiles, were each a row's next; one tile at least."""
-        count = TILE
-        while count < 65_536 and self.predict([Piece(0, 1, 1, True)] * (count + TILE)) <= seconds:
-            count += TILE
-        return count
+    def most_tokens(self, seconds: float, most: int) -> int:
+        """Tokens, at most `most`, that a step may compute in so many seconds, were each a row's next: whole tiles, and
+        one at least. Attention over long contexts comes on top."""
+        tiles = range(2, most // TILE + 1)
+
+        def take(tile: int) -> float:
+            return interpolate(self.tokens, tile * TILE) + interpolate(self.wanted, tile * TILE)
+
+        return min(most, (bisect_right(tiles, seconds, key=take) + 1) * TILE)
 
     def _attend(self, piece: Piece, window: int | None) -> float:
         seen = count_seen(piece.start, piece.length, window)
@@ -94,7 +97,7 @@ def interpolate(table: Table, count: int) -> float:
 
 def describe_setting(model_hash: str, machine: str, resolved: dict[str, Any]) -> str:
     """For what a measurement holds: the model, the processor, and the settings that change a step's time."""
-    names = ("precision", "kernels", "threads", "block_size")
+    names = ("precision", "device", "kernels", "threads", "block_size")
     return " ".join([model_hash[:16], machine, *(f"{name}={resolved[name]}" for name in names)])
 
 

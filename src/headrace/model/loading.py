@@ -68,12 +68,7 @@ def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> M
     Raises ModelError for a family or a feature that is not supported and for a tensor that is missing, misshaped or has
     no place in the model, InputError for a max_context above the model's own.
     """
-    config = read_config(weights.config)
-    if settings.max_context is not None:
-        if settings.max_context > config.context_length:
-            most = config.context_length
-            raise InputError(f"max_context of {settings.max_context} is above the {most} tokens that the model allows")
-        config = replace(config, context_length=settings.max_context)
+    config = limit_context(read_config(weights.config), settings.max_context)
     loader = _Loader(weights, config, kernels, settings)
     embedding = loader.table("model.embed_tokens", (config.vocab_size, config.hidden_size))
     model = Model(
@@ -100,6 +95,15 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     for rope in result.ropes:
         rope_frequencies(rope, result.head_size)
     return result
+
+
+def limit_context(config: ModelConfig, most: int | None) -> ModelConfig:
+    """The configuration with its context cut to `most` tokens. Raises InputError where it has no more."""
+    if most is None:
+        return config
+    if most > config.context_length:
+        raise InputError(f"max_context of {most} is above the {config.context_length} tokens that the model allows")
+    return replace(config, context_length=most)
 
 
 class _Loader:

@@ -77,12 +77,14 @@ class Prober:
     def time_decode(self, sequences: int, context: int, shared: bool = False) -> float:
         """Seconds of a step that gives each of these sequences a token; with a context that is one's own or all's."""
         prefix = self.text(context) if shared else ()
-        self.limit(self.limits.step_tokens)
+        # Prompts are computed at once, so that none has ended when the last one begins to generate.
+        self.limit(sequences * (context + SHORT + 1))
         for _ in range(sequences):
             self.add((prefix or self.text(context)) + self.text(SHORT if shared else 1), ATTEMPTS * SAMPLES + 4)
         while any(each.output_length == 0 for each in self.engine.state.sequences.values()):
             self.engine.step()
         seconds = settle(self.step, f"steps of {sequences} sequences at {context} tokens")
+        assert len(self.engine.state.running) == sequences
         self.clear()
         return seconds
 

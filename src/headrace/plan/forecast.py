@@ -66,7 +66,7 @@ def forecast(
     outputs = sum(task.output * task.request.params.n for task in tasks if not task.request.score)
     total = sum(map(len, prompts))
     seconds = None if step_time is None else found.seconds / share
-    planned = total - round((found.prompt_tokens - found.computed_prompt_tokens) / share)
+    planned = total - round(found.cached_prompt_tokens / share)
     return Forecast(
         requests=len(tasks),
         refused=found.refused,
@@ -90,20 +90,18 @@ def forecast(
 
 
 def measure_share(tasks: Sequence[Task], found: Simulated, step_time: StepTime | None) -> float:
-    """Which share of the work was simulated, by what its tokens cost; 1 where nothing is left."""
+    """Which share of the work was simulated, in tokens by what they cost; 1 where nothing is left."""
     if not found.left:
         return 1.0
     prompt, output = 1.0, 1.0
     if step_time is not None:
         prompt = interpolate(step_time.tokens, 1024) / 1024
         output = (interpolate(step_time.tokens, 64) + interpolate(step_time.wanted, 64)) / 64
-    work = sum(weigh(task, prompt, output) for task in tasks)
-    # What has been computed of the tasks that are left is neither here nor there.
-    return max(1e-6, 1 - sum(weigh(task, prompt, output) for task in found.left) / work)
-
-
-def weigh(task: Task, prompt: float, output: float) -> float:
-    return task.request.params.n * (len(task.request.prompt_token_ids) * prompt + task.output * output)
+    work = sum(
+        task.request.params.n * (len(task.request.prompt_token_ids) * prompt + task.output * output) for task in tasks
+    )
+    done = (found.cached_prompt_tokens + found.computed_prompt_tokens) * prompt + found.output_tokens * output
+    return min(1.0, max(done, 1e-9) / work)
 
 
 def count_arrival(prompts: Sequence[tuple[int, ...]], memory: Memory) -> int:

@@ -52,7 +52,7 @@ class Simulated:
     seconds: float = 0.0
     steps: int = 0
     preemptions: int = 0
-    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
     output_tokens: int = 0
     peak_blocks: int = 0
@@ -110,7 +110,7 @@ class Simulator:
             return False
         request, ledger = task.request, self.state.ledger
         most = len(request.prompt_token_ids) + task.output
-        if ledger.blocks_for(most) > ledger.num_blocks:
+        if not request.prompt_token_ids or ledger.blocks_for(most) > ledger.num_blocks:
             self.found.refused += 1
             return True
         for index in range(request.params.n):
@@ -135,7 +135,7 @@ class Simulator:
         found.preemptions += len(plan.preempt)
         for admission in plan.admit:
             sequence = state.find(admission.sequence)
-            found.prompt_tokens += sequence.prompt_length if not sequence.preemptions else 0
+            found.cached_prompt_tokens += 0 if sequence.preemptions else admission.cached
         advance(plan, state)
         for _, sequence in scheduled:
             if sequence.computed == len(sequence.tokens):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from headrace.cache.layout import CacheLayout
 from headrace.checkpoint import Checkpoint
 from headrace.engine.loading import Choice, choose, size_cache
 from headrace.meter.step_time import StepTime, describe_setting, load_step_time
-from headrace.model.config import ModelConfig
-from headrace.model.loading import read_config
+from headrace.model.loading import limit_context, read_config
 from headrace.options import EngineOptions
 from headrace.plan.simulator import Memory
 from headrace.quant import FORMATS
@@ -37,13 +36,8 @@ def open_site(options: EngineOptions, checkpoint: Checkpoint) -> Site:
     """Raises InputError for settings that cannot work here, ModelError for a model that is not supported."""
     choice = choose(options, checkpoint)
     options = choice.options
-    config = read_model(options, checkpoint)
+    config = limit_context(read_config(checkpoint.config), options.max_context)
     layout = CacheLayout.from_windows(config.windows, options.block_size)
     num_blocks, block_bytes = size_cache(config, layout, options, FORMATS[choice.precision].dtype)
     memory = Memory(layout, num_blocks, block_bytes, config.context_length)
     return Site(choice, memory, load_step_time(describe_setting(checkpoint.hash(), choice.machine, choice.settings)))
-
-
-def read_model(options: EngineOptions, checkpoint: Checkpoint) -> ModelConfig:
-    config = read_config(checkpoint.config)
-    return config if options.max_context is None else replace(config, context_length=options.max_context)

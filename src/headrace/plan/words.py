@@ -54,6 +54,9 @@ def format_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of forecasts under other settings."""
     table = [("setting", "time", "KV memory", "preemptions", "computed")]
     for row in rows:
+        if row["impossible"] is not None:
+            table.append((row["name"], row["impossible"], "", "", ""))
+            continue
         time = "not measured" if row["seconds"] is None else format_time(row)
         memory = f"{format_bytes(row['kv_peak_bytes'])} of {format_bytes(row['kv_budget_bytes'])}"
         table.append((row["name"], time, memory, f"{row['preemptions']:,}", f"{row['planned_tokens']:,}"))

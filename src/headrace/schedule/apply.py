@@ -17,6 +17,7 @@ def arrange(schedule: Schedule, state: SchedulerState) -> None:
     state.waiting.extend(again)
     state.waiting.extend(schedule.arrange(new, state))
     state.arrived = False
+    state.arranged = max([state.arranged, *(each.number for each in new)])
 
 
 def apply(plan: StepPlan, state: SchedulerState) -> None:

@@ -10,13 +10,17 @@ from headrace.schedule.state import SchedulerState
 
 
 class Planned:
-    """The order of `schedule.prefixes` over everything that waits: a window of the pile."""
+    """The order of `schedule.prefixes` over a window of the pile.
+
+    What is left of the window before goes first, so nothing is overtaken by more than its own window.
+    """
 
     window: int | None = 16_384
 
     def arrange(self, waiting: Rows[Sequence], state: SchedulerState) -> list[Sequence]:
         """See `Schedule.arrange`."""
-        decode = [state.lengths.expected(each.request) for each in waiting]
-        unit = state.ledger.layout.block_size
-        tree = grow_tree([pack(each.tokens) for each in waiting], decode, unit)
-        return [waiting[place] for place in order_rows(tree, state.limits.max_sequences)]
+        left = [each for each in waiting if each.number <= state.arranged]
+        new = [each for each in waiting if each.number > state.arranged]
+        decode = [state.lengths.expected(each.request) for each in new]
+        tree = grow_tree([pack(each.tokens) for each in new], decode, state.ledger.layout.block_size)
+        return left + [new[place] for place in order_rows(tree, state.limits.max_sequences)]

@@ -31,8 +31,8 @@ class SchedulerState:
     """Owned by the engine; changed only by `add` and the functions of `schedule.apply`.
 
     `waiting` is in the order in which the schedule wants them admitted, preempted sequences before all others; those
-    that came since it was asked stand at the end, and `arrived` says that there are some. `running` is in the order of
-    admission.
+    that came since it was asked stand at the end, and `arrived` says that there are some; `arranged` is the highest
+    number that it has seen. `running` is in the order of admission.
     """
 
     ledger: KVLedger
@@ -42,6 +42,7 @@ class SchedulerState:
     running: list[Sequence] = field(default_factory=list)
     sequences: dict[int, Sequence] = field(default_factory=dict)
     arrived: bool = False
+    arranged: int = -1
 
     @classmethod
     def create(

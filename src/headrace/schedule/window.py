@@ -15,10 +15,11 @@ class Window:
     In between the queue keeps its order, and a large pile is planned window by window. `filled` counts windows.
     """
 
-    def __init__(self, state: SchedulerState, schedule: Schedule) -> None:
+    def __init__(self, state: SchedulerState, schedule: Schedule, lazy: bool = False) -> None:
+        """lazy: requests may come from one who waits for earlier answers, so only those that run soon are asked for."""
         self.state = state
         self.few = 2 * state.limits.max_sequences
-        self.rows = max(schedule.window or 0, self.few)
+        self.rows = self.few if lazy else max(schedule.window or 0, self.few)
         self.filling = True
         self.filled = 0
 

@@ -54,7 +54,8 @@ def tune(options: EngineOptions, checkpoint: Checkpoint, tell: Tell) -> Tuning:
     best = min(trials, key=lambda trial: trial.seconds)
     # What no simulation knows, from the best of those on.
     sizes = [{"block_size": size} for size in BLOCK_SIZES if size != options.block_size]
-    fewer = [{"threads": count} for count in (count_cores() // 2, 3 * count_cores() // 4) if 0 < count < count_cores()]
+    counts = sorted({count_cores() // 2, 3 * count_cores() // 4} - {0, count_cores()})
+    fewer = [{"threads": count} for count in counts]
     trials += run_trials(options, [best.changes | change for change in (*sizes, *fewer)], tell)
     best = min(trials, key=lambda trial: trial.seconds)
     return Tuning(trials, best.changes if best.seconds < (1 - LEAST_GAIN) * trials[0].seconds else {})

@@ -40,8 +40,7 @@ def simulate(llm: LLM, rows: list[Row], requests: list[Request]) -> Simulated:
     )
     if step_time is None:
         raise SystemExit("no step times for these settings: run `headrace bench steps` first")
-    cache = llm.engine.cache
-    memory = Memory(cache.layout, cache.num_blocks, cache.block_bytes, llm.context_length)
+    memory = Memory.of_engine(llm.engine)
     tasks = [Task(request, output) for request, (_, output) in zip(requests, rows, strict=True)]
     return Simulator(llm.options, memory, step_time).run(tasks)
 

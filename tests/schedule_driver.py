@@ -10,7 +10,7 @@ from typing import Any
 from headrace.cache.layout import CacheLayout
 from headrace.core import Request, SamplingParams, Sequence, StepPlan
 from headrace.options import EngineOptions
-from headrace.schedule.apply import abort, advance, apply, arrange, finish
+from headrace.schedule.apply import abort, advance, apply, arrange, expire, finish
 from headrace.schedule.base import Schedule
 from headrace.schedule.fcfs import FirstComeFirstServed
 from headrace.schedule.state import SchedulerState
@@ -41,13 +41,17 @@ def snapshot(state: SchedulerState) -> Any:
             [(block, id(node), group, node.blocks, node.pins) for block, (node, group) in tree.places.items()],
             [(id(node), tokens, count) for (node, tokens), count in tree.promises.items()],
             (vars(state.lengths), ledger.shared, ledger._holders),
+            (ledger.pool.keeps, ledger.pool._idle, ledger.keeps._keeps, state.background, state.programs),
         )
     )
 
 
 @dataclass
 class Driver:
-    """Steps the real scheduler; a sequence ends when it has generated its secret length."""
+    """Steps the real scheduler; a sequence ends when it has generated its secret length.
+
+    A step takes a second on its clock; the KV of programs is kept for `keep_seconds`.
+    """
 
     state: SchedulerState
     lengths: dict[int, int] = field(default_factory=dict)
@@ -56,6 +60,8 @@ class Driver:
     numbers: int = 0
     vocabulary: int = 1 << 30
     schedule: Schedule = field(default_factory=FirstComeFirstServed)
+    keep_seconds: float = 0.0
+    now: float = 0.0
 
     def add(
         self,
@@ -65,10 +71,11 @@ class Driver:
         score: bool = False,
         max_tokens: int | None = None,
         exact: bool = False,
+        **more: Any,
     ) -> list[Sequence]:
-        """Queue the n choices of a request that will generate `length` tokens."""
+        """Queue the n choices of a request that will generate `length` tokens; `more` are further fields of it."""
         params = SamplingParams(n=n, max_tokens=max_tokens or length, ignore_eos=exact)
-        request = Request(str(self.numbers), tuple(prompt), params, score)
+        request = Request(str(self.numbers), tuple(prompt), params, score, **more)
         added = [Sequence(request, index, self.numbers + index, list(prompt)) for index in range(n)]
         for sequence in added:
             self.lengths[sequence.number] = length
@@ -79,8 +86,13 @@ class Driver:
     def abort(self, sequence: Sequence) -> None:
         abort(sequence, self.state)
 
-    def plan(self) -> StepPlan:
+    def prepare(self) -> None:
+        """What an engine does before it plans."""
+        expire(self.state, self.now)
         arrange(self.schedule, self.state)
+
+    def plan(self) -> StepPlan:
+        self.prepare()
         return plan_step(self.state, self.state.limits)
 
     def execute(self, plan: StepPlan) -> list[Sequence]:
@@ -94,12 +106,13 @@ class Driver:
             sequence = self.state.find(chunk.sequence)
             if sequence.computed < len(sequence.tokens):
                 continue
-            if not sequence.request.score:
+            if sequence.request.generates:
                 sequence.tokens.append(self.next_token(sequence))
-            if sequence.request.score or sequence.output_length == self.lengths[sequence.number]:
+            if not sequence.request.generates or sequence.output_length == self.lengths[sequence.number]:
                 ended.append(sequence)
+        self.now += 1.0
         for sequence in ended:
-            finish(sequence, self.state)
+            finish(sequence, self.state, self.now + self.keep_seconds if self.keep_seconds else None)
         self.finished.extend(ended)
         return ended
 

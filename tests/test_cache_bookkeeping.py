@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -10,13 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headrace.cache.blocks import BlockPool
+from headrace.cache.keeps import Keep
 from headrace.cache.layout import CacheLayout
 from headrace.cache.ledger import KVLedger
 from headrace.core import Request, SamplingParams, Sequence
 
 
-def make_sequence(number: int, tokens: list[int]) -> Sequence:
-    return Sequence(Request(str(number), tuple(tokens), SamplingParams()), 0, number, list(tokens))
+def make_sequence(number: int, tokens: list[int], **more: str) -> Sequence:
+    return Sequence(Request(str(number), tuple(tokens), SamplingParams(), **more), 0, number, list(tokens))
 
 
 def make_ledger(windows: list[int | None], num_blocks: int, prefix_cache: bool = True) -> KVLedger:
@@ -205,6 +207,18 @@ class LedgerMachine(RuleBasedStateMachine):
     def release(self, index: int) -> None:
         self.ledger.release(self.running.pop(index % len(self.running)))
 
+    @rule(index=st.integers(0, 9), until=st.floats(0, 100), program=st.sampled_from(["a", "b", "c"]))
+    @precondition(lambda self: self.running)
+    def keep(self, index: int, until: float, program: str) -> None:
+        sequence = self.running.pop(index % len(self.running))
+        sequence.request = replace(sequence.request, program=program)
+        self.ledger.keep(sequence, until)
+        self.ledger.release(sequence)
+
+    @rule(now=st.floats(0, 100))
+    def expire(self, now: float) -> None:
+        self.ledger.expire(now)
+
     @invariant()
     def agrees(self) -> None:
         self.ledger.check(self.running)
@@ -214,6 +228,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.release(sequence)
         self.ledger.check([])
         assert self.ledger.used_blocks == 0 and self.ledger.shared == 0
+        assert self.ledger.free_blocks == self.ledger.num_blocks
 
 
 TestLedgerMachine = LedgerMachine.TestCase
@@ -235,3 +250,107 @@ def test_no_more_than_retain_blocks_stay_unheld() -> None:
         ledger.check([])
         assert ledger.pool.evictable == min(5, 4 * (number + 1))
     assert len(ledger.match(sequence).nodes) == 4
+
+
+def leave(ledger: KVLedger, sequence: Sequence, until: float | None = None) -> None:
+    """Compute all of a sequence, and release it; keep it for its program if a time is given."""
+    start(ledger, sequence)
+    compute(ledger, sequence)
+    if until is not None:
+        ledger.keep(sequence, until)
+    ledger.release(sequence)
+    ledger.check([])
+
+
+def count_found(ledger: KVLedger, token: int) -> int:
+    """Blocks of a text of 5 blocks of one token that a new sequence would find."""
+    return len(ledger.match(make_sequence(99, [token] * 21)).nodes)
+
+
+def test_what_is_kept_outlasts_what_was_used_later_until_its_time() -> None:
+    ledger = make_ledger([None], 20)
+    leave(ledger, make_sequence(1, [1] * 20, program="chat"), until=10.0)
+    for number in range(2, 9):
+        leave(ledger, make_sequence(number, [number] * 20))
+        assert count_found(ledger, 1) == 5 and ledger.free_blocks == 20
+    ledger.expire(9.9)
+    assert ("", "chat") in ledger.keeps and ledger.pool.evictable == 15
+    ledger.expire(10.0)
+    assert len(ledger.keeps) == 0 and ledger.pool.evictable == 20
+    ledger.check([])
+    for number in range(9, 13):
+        leave(ledger, make_sequence(number, [number] * 20))
+    assert count_found(ledger, 1) == 0
+
+
+def test_what_is_kept_is_no_part_of_what_is_retained() -> None:
+    ledger = KVLedger(CacheLayout.from_windows([None], 4), 20, retain_blocks=2)
+    leave(ledger, make_sequence(1, [1] * 20, program="chat"), until=10.0)
+    leave(ledger, make_sequence(2, [2] * 20))
+    assert count_found(ledger, 1) == 5 and count_found(ledger, 2) == 2
+    ledger.expire(11.0)
+    assert ledger.pool.evictable == 2 and count_found(ledger, 1) == 2
+    ledger.check([])
+
+
+def test_the_next_turn_ends_the_keep_and_finds_it() -> None:
+    ledger = make_ledger([None, 6], 40)
+    leave(ledger, make_sequence(1, [1] * 20, program="chat", owner="a"), until=10.0)
+    stranger = make_sequence(2, [1] * 30, program="chat", owner="b")
+    assert start(ledger, stranger) == 0 and ("a", "chat") in ledger.keeps
+    turn = make_sequence(3, [1] * 30, program="chat", owner="a")
+    assert start(ledger, turn) == 20 and len(ledger.keeps) == 0 and not ledger.pool.keeps
+    ledger.check([stranger, turn])
+
+
+def test_keeps_give_way_to_memory_the_last_to_end_first() -> None:
+    ledger = make_ledger([None], 20)
+    for number, until in ((1, 10.0), (2, 12.0)):
+        leave(ledger, make_sequence(number, [number] * 20, program=str(number)), until)
+    large = make_sequence(3, [3] * 72)
+    start(ledger, large)
+    ledger.grow(large, 40)
+    assert len(ledger.keeps) == 2
+    ledger.grow(large, 44)
+    # One block was needed: the keep that ends last is over, its last block is gone and its others are still found.
+    assert ("", "1") in ledger.keeps and ("", "2") not in ledger.keeps
+    assert count_found(ledger, 1) == 5 and count_found(ledger, 2) == 4
+    ledger.check([large])
+    ledger.grow(large, 72)
+    assert len(ledger.keeps) == 0 and count_found(ledger, 1) == 2
+    ledger.check([large])
+
+
+def test_no_more_than_half_the_pool_is_kept() -> None:
+    ledger = make_ledger([None], 20)
+    for number in (1, 2):
+        leave(ledger, make_sequence(number, [number] * 16, program=str(number)), until=10.0 + number)
+    leave(ledger, make_sequence(3, [3] * 16, program="3"), until=13.0)
+    assert ("", "3") not in ledger.keeps and len(ledger.pool.keeps) == 8
+    leave(ledger, make_sequence(4, [4] * 16, program="4"), until=11.5)
+    assert [program in ledger.keeps for program in (("", "1"), ("", "2"), ("", "4"))] == [True, False, True]
+    # A shared beginning counts once.
+    leave(ledger, make_sequence(5, [1] * 16 + [5] * 4, program="5"), until=10.0)
+    assert len(ledger.pool.keeps) == 9 and len(ledger.keeps) == 3
+
+
+def test_a_later_keep_of_a_program_replaces_the_earlier() -> None:
+    ledger = make_ledger([None], 20)
+    first, second = make_sequence(1, [1] * 8, program="chat"), make_sequence(2, [2] * 8, program="chat")
+    start(ledger, first)
+    start(ledger, second)
+    for sequence, until in ((first, 10.0), (second, 5.0)):
+        compute(ledger, sequence)
+        ledger.keep(sequence, until)
+        ledger.release(sequence)
+    assert len(ledger.keeps) == 1 and len(ledger.pool.keeps) == 2
+    ledger.expire(5.0)
+    assert len(ledger.keeps) == 0
+
+
+def test_check_finds_a_keep_of_other_blocks() -> None:
+    ledger = make_ledger([None], 20)
+    leave(ledger, make_sequence(1, [1] * 8, program="chat"), until=10.0)
+    ledger.keeps._keeps["", "chat"] = Keep(10.0, (0,))
+    with pytest.raises(AssertionError, match="kept blocks"):
+        ledger.check([])

@@ -68,7 +68,7 @@ def test_simulated_steps_are_the_engines(
     options = engine_options(tiny_model, **changes)
     with LLM(**asdict(options)) as llm:
         cache, counters = llm.engine.cache, llm.engine.counters
-        memory = Memory(cache.layout, cache.num_blocks, cache.block_bytes, llm.context_length)
+        memory = Memory.of_engine(llm.engine)
         assert cache.num_blocks == num_blocks
         answers = llm.generate([each.prompt_token_ids for each in requests], [each.params for each in requests])
     tasks = [Task(each, len(answer.outputs[0].token_ids)) for each, answer in zip(requests, answers, strict=True)]

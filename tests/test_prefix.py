@@ -12,11 +12,11 @@ def make_tree(windows: list[int | None]) -> PrefixTree:
     return PrefixTree(CacheLayout.from_windows(windows, 4))
 
 
-def fill(tree: PrefixTree, tokens: list[int], first_block: int = 0) -> list[Node]:
+def fill(tree: PrefixTree, tokens: list[int], first_block: int = 0, owner: str = "") -> list[Node]:
     """Put the whole blocks of tokens into the tree; ids count up by depth, then group."""
     nodes, node, block = [], tree.root, first_block
-    for start in range(0, len(tokens) - 3, 4):
-        node = tree.child(node, tuple(tokens[start : start + 4]))
+    for depth in range(len(tokens) // 4):
+        node = tree.child(node, tree.label(tokens, depth, owner))
         for group in range(len(tree.layout.groups)):
             tree.put(node, group, block)
             block += 1
@@ -32,6 +32,22 @@ def test_match_is_by_content_in_whole_blocks() -> None:
     assert tree.match([1, 2, 3, 4, 5, 6, 7, 9, 9], 2).nodes == nodes[:1]
     assert tree.match([5, 6, 7, 8, 9], 1).nodes == []
     assert tree.match([1, 2, 3], 0).nodes == []
+
+
+def test_equal_tokens_of_two_owners_do_not_meet() -> None:
+    tree, tokens = make_tree([None]), [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    first = fill(tree, tokens, owner="a")
+    second = fill(tree, tokens[:5], 2, owner="b")
+    tree.check()
+    assert tree.match(tokens, 2, "a").nodes == first and tree.match(tokens, 2, "b").nodes == second
+    assert tree.match(tokens, 2).nodes == []
+    tree.promise(tree.next_key(tree.root, tokens, 0, "c") or (tree.root, ()))
+    assert tree.match(tokens, 2, "c").promised and not tree.match(tokens, 2).promised
+    for block in (1, 0):
+        tree.forget(block)
+    assert [node.label[0] for node in tree.root.children.values()] == ["b"]
+    tree.forget(2)
+    assert not tree.root.children
 
 
 def test_tokens_of_equal_hash_are_not_equal() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from schedule_driver import Driver, make_state, snapshot
 
 from headrace.core import Admission, Chunk, StepPlan
-from headrace.schedule.apply import apply, arrange
+from headrace.schedule.apply import apply
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.state import Limits
 
@@ -27,9 +28,13 @@ def piles(draw: st.DrawFn) -> dict[str, Any]:
             "length": st.integers(1, 24),
             "slack": st.integers(0, 24),
             "n": st.sampled_from([1, 1, 1, 4]),
-            "score": st.sampled_from([False] * 5 + [True]),
+            "kind": st.sampled_from([{}] * 5 + [{"score": True}, {"embed": "mean"}, {"embed": "last"}]),
             "exact": st.booleans(),
             "abort_after": st.none() | st.integers(0, 30),
+            "background": st.booleans(),
+            "priority": st.integers(-1, 1),
+            "program": st.sampled_from(["", "", "one", "two"]),
+            "owner": st.sampled_from(["", "", "another"]),
         }
     )
     return {
@@ -41,6 +46,8 @@ def piles(draw: st.DrawFn) -> dict[str, Any]:
         "prefix_cache": draw(st.booleans()),
         "short_past": draw(st.booleans()),
         "schedule": draw(st.sampled_from(sorted(SCHEDULES))),
+        "short_prefill": draw(st.none() | st.integers(0, 20)),
+        "keep_seconds": draw(st.sampled_from([0.0, 3.0, 1000.0])),
         "requests": draw(st.lists(request, min_size=1, max_size=25)),
     }
 
@@ -53,7 +60,8 @@ def open_pile(pile: dict[str, Any]) -> Driver:
         request["most"] = request["length"] + (0 if request["exact"] else request["slack"])
     fits = max(probe.blocks_for(len(each["prompt"]) + each["most"]) for each in pile["requests"])
     state = make_state(pile["windows"], fits + pile["spare_blocks"], pile["block_size"], **options)
-    driver = Driver(state, vocabulary=2, schedule=SCHEDULES[pile["schedule"]]())
+    state.limits = replace(state.limits, short_prefill=pile["short_prefill"])
+    driver = Driver(state, vocabulary=2, schedule=SCHEDULES[pile["schedule"]](), keep_seconds=pile["keep_seconds"])
     if pile["short_past"]:
         for _ in range(40):
             driver.add([1], 1, max_tokens=2)
@@ -64,17 +72,27 @@ def open_pile(pile: dict[str, Any]) -> Driver:
 
 
 def check_plan(driver: Driver, plan: StepPlan) -> None:
-    """Budgets of tokens, sequences and blocks; decodes first; the oldest is never preempted."""
+    """Budgets of tokens, sequences and blocks; decodes first; the oldest is never preempted.
+
+    Beside foreground, background computes nothing and gives way first.
+    """
     state, limits = driver.state, driver.state.limits
-    running = [each for each in state.running if each.number not in plan.preempt]
+    foreground = any(not each.request.background for each in state.sequences.values())
+    computing = [each for each in state.running if not (foreground and each.request.background)]
+    paused = [each.number for each in state.running if each not in computing]
+    running = [each for each in computing if each.number not in plan.preempt]
+    if foreground:
+        assert not any(state.find(each.sequence).request.background for each in (*plan.chunks, *plan.admit))
     assert sum(chunk.length for chunk in plan.chunks) <= limits.step_tokens
     assert len(running) + len(plan.admit) <= min(limits.max_sequences, limits.step_tokens)
-    assert not (plan.preempt and plan.admit)
     assert plan.chunks, "nothing is computed although something waits or runs"
-    numbers = [each.number for each in state.running]
-    assert [numbers.index(number) for number in plan.preempt] == sorted(map(numbers.index, plan.preempt), reverse=True)
-    if state.running:
-        assert state.running[0].number not in plan.preempt
+    victims = len([number for number in plan.preempt if number in paused])
+    assert list(plan.preempt[:victims]) == paused[::-1][:victims]
+    numbers = [each.number for each in computing]
+    if len(plan.preempt) > victims:
+        assert victims == len(paused) and not plan.admit
+        order = [numbers.index(number) for number in plan.preempt[victims:]]
+        assert order == sorted(order, reverse=True) and 0 not in order
     decodes = [each.number for each in running if len(each.tokens) - each.computed == 1]
     assert [chunk.sequence for chunk in plan.chunks][: len(decodes)] == decodes
     assert len({chunk.sequence for chunk in plan.chunks}) == len(plan.chunks)
@@ -92,7 +110,10 @@ def test_any_pile_finishes_within_its_budgets_and_leaks_nothing(pile: dict[str, 
     while requests or state.sequences:
         while requests and (requests[0]["arrival"] <= step or not state.sequences):
             each = requests.pop(0)
-            added = driver.add(each["prompt"], each["length"], each["n"], each["score"], each["most"], each["exact"])
+            fields = {name: each[name] for name in ("background", "priority", "program", "owner")} | each["kind"]
+            added = driver.add(
+                each["prompt"], each["length"], each["n"], max_tokens=each["most"], exact=each["exact"], **fields
+            )
             expected += each["n"]
             if each["abort_after"] is not None:
                 aborts.append((step + each["abort_after"], added[0].number))
@@ -101,7 +122,7 @@ def test_any_pile_finishes_within_its_budgets_and_leaks_nothing(pile: dict[str, 
                 driver.abort(state.find(number))
                 expected -= 1
         if state.sequences:
-            arrange(driver.schedule, state)
+            driver.prepare()
             before = snapshot(state)
             plan = driver.plan()
             assert plan == driver.plan() and snapshot(state) == before

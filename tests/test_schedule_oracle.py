@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from schedule_driver import Driver, make_state, snapshot
@@ -21,10 +23,11 @@ LAYOUTS: list[list[int | None]] = [
 ]
 
 
-def make_scene(seed: int) -> tuple[random.Random, Driver, Oracle]:
+def make_scene(seed: int, served: bool) -> tuple[random.Random, Driver, Oracle]:
     draw = random.Random(seed)
     size = draw.choice([2, 4, 4])
-    num_blocks = draw.randrange(30, 90)
+    num_blocks = draw.randrange(20, 60) if served else draw.randrange(30, 90)
+    short_prefill = (None, 4, 12)[seed % 3] if served else None
     options = {
         "step_tokens": draw.choice([3, 8, 17, 40]),
         "max_sequences": draw.choice([2, 5, 16]),
@@ -32,7 +35,9 @@ def make_scene(seed: int) -> tuple[random.Random, Driver, Oracle]:
     }
     state = make_state(LAYOUTS[seed % len(LAYOUTS)], num_blocks, size, **options)
     groups = [group.window for group in state.ledger.layout.groups]
-    driver, oracle = Driver(state, vocabulary=draw.choice([2, 1000])), Oracle(groups, size, num_blocks, **options)
+    state.limits = replace(state.limits, short_prefill=short_prefill)
+    driver = Driver(state, vocabulary=draw.choice([2, 1000]))
+    oracle = Oracle(groups, size, num_blocks, short_prefill=short_prefill, **options)
     if seed % 2:  # a past of short outputs, so that the forecast is too low and preemption has to help
         for index in range(80):
             (sequence,) = driver.add([1], 1, max_tokens=30 if index % 2 else 20)
@@ -40,8 +45,10 @@ def make_scene(seed: int) -> tuple[random.Random, Driver, Oracle]:
     return draw, driver, oracle
 
 
-def add_request(draw: random.Random, driver: Driver, oracle: Oracle, prefixes: list[list[int]]) -> None:
-    """One request of random shape that fits the pool alone."""
+def add_request(
+    draw: random.Random, driver: Driver, oracle: Oracle, prefixes: list[list[int]], served: bool = False
+) -> None:
+    """One request of random shape that fits the pool alone; if `served`, as only servers have them."""
     ledger = driver.state.ledger
     prompt = draw.choice(prefixes)[: draw.randrange(0, 20)] + [draw.randrange(2) for _ in range(draw.randrange(1, 14))]
     length = draw.randrange(1, 30)
@@ -51,8 +58,12 @@ def add_request(draw: random.Random, driver: Driver, oracle: Oracle, prefixes: l
         prompt, most, length = prompt[: len(prompt) // 2 + 1], max(1, most // 2), max(1, length // 2)
     exact = draw.random() < 0.2
     length = most if exact else length
-    added = driver.add(prompt, length, n=draw.choice([1, 1, 1, 3]), score=score, max_tokens=most, exact=exact)
-    for sequence in added:
+    n = draw.choice([1, 1, 1, 3])
+    more: dict[str, Any] = {}
+    if served:
+        more = {"background": draw.random() < 0.5, "owner": draw.choice(["", "", "a"])}
+        more["embed"] = None if score else draw.choice([None] * 8 + ["mean", "last"])
+    for sequence in driver.add(prompt, length, n=n, score=score, max_tokens=most, exact=exact, **more):
         oracle.add(sequence)
 
 
@@ -66,22 +77,26 @@ def compare(driver: Driver, oracle: Oracle) -> None:
     assert list(state.ledger.pool._evictable) == oracle.stale and state.ledger.pool._free == oracle.free
 
 
-@pytest.mark.parametrize("first_seed", range(0, 280, 28))
-def test_plans_and_block_ids_equal_the_oracles(first_seed: int) -> None:
-    preemptions = hits = aborts = 0
+@pytest.mark.parametrize(
+    ("first_seed", "served"),
+    [(seed, False) for seed in range(0, 280, 28)] + [(seed, True) for seed in range(0, 112, 28)],
+)
+def test_plans_and_block_ids_equal_the_oracles(first_seed: int, served: bool) -> None:
+    preemptions = hits = aborts = both = 0
     for seed in range(first_seed, first_seed + 28):
-        draw, driver, oracle = make_scene(seed)
+        draw, driver, oracle = make_scene(seed, served)
         prefixes = [[draw.randrange(2) for _ in range(20)] for _ in range(3)]
         arrivals, steps = draw.randrange(20, 60), 0
         while driver.state.sequences or arrivals:
-            while arrivals and draw.random() < 0.4:
-                add_request(draw, driver, oracle, prefixes)
+            while arrivals and draw.random() < (0.1 if served else 0.4):
+                add_request(draw, driver, oracle, prefixes, served)
                 arrivals -= 1
-            if driver.state.sequences and draw.random() < 0.03:
+            if driver.state.sequences and draw.random() < (0.01 if served else 0.03):
                 number = draw.choice(list(driver.state.sequences))
                 driver.abort(driver.state.find(number))
                 oracle.remove(number, learn=False)
                 aborts += 1
+            driver.prepare()
             before = snapshot(driver.state) if steps % 7 == 0 else None
             plan = driver.plan()
             assert before is None or before == snapshot(driver.state)
@@ -89,10 +104,11 @@ def test_plans_and_block_ids_equal_the_oracles(first_seed: int) -> None:
             step_both(driver, oracle, plan)
             compare(driver, oracle)
             preemptions += len(plan.preempt)
+            both += bool(plan.preempt and plan.admit)
             hits += sum(each.cached for each in plan.admit)
             steps += 1
         assert driver.state.ledger.used_blocks == 0
-    assert preemptions > 5 and hits > 100 and aborts > 5
+    assert preemptions > 5 and hits > 100 and aborts > 5 and (both > 5) == served
 
 
 def step_both(driver: Driver, oracle: Oracle, plan: StepPlan) -> None:

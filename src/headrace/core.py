@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ConstraintKind = Literal["json", "regex", "choice", "grammar"]
+Pooling = Literal["mean", "last"]
 
 
 class HeadraceError(Exception):
@@ -112,15 +113,27 @@ def check_range(name: str, value: object, low: float, high: float = math.inf, wh
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt as token ids, and how to continue it. `id` also seeds its randomness.
+    """One prompt as token ids, and how to continue it. `id` also seeds its randomness, unless `params.seed` does.
 
-    `score` asks for the log probability of each prompt token and generates nothing.
+    `score` asks for the log probability of each prompt token, `embed` for one vector of its text: nothing is generated.
+    A server's requests say more: lower `priority` goes first; `background` work is computed only while there is no
+    other; turns of one `program` (a conversation) follow each other; prefixes are shared within one `owner` only.
     """
 
     id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     score: bool = False
+    embed: Pooling | None = None
+    priority: int = 0
+    background: bool = False
+    program: str = ""
+    owner: str = ""
+
+    @property
+    def generates(self) -> bool:
+        """Whether it asks for output tokens; else only its prompt is computed."""
+        return not self.score and self.embed is None
 
 
 @dataclass(slots=True, eq=False)
@@ -152,7 +165,7 @@ class Sequence:
     @property
     def max_length(self) -> int:
         """Tokens that this sequence can ever hold in the cache."""
-        return self.prompt_length + (0 if self.request.score else self.request.params.max_tokens)
+        return self.prompt_length + (self.request.params.max_tokens if self.request.generates else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +187,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step does, as data: first preempt, then admit, then compute the chunks. Sequences by number."""
+    """What one step does, as data: admit, preempt, then compute the chunks. Sequences by number."""
 
     chunks: tuple[Chunk, ...] = ()
     admit: tuple[Admission, ...] = ()

@@ -1,6 +1,6 @@
 """Who holds which KV blocks: keeps the sequences' block tables, the pool and the prefix tree in step.
 
-Knows nothing of tensors, of when a sequence runs, or of what a block's bytes are.
+Knows nothing of tensors, of when a sequence runs, of what a block's bytes are, or of the time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headrace.cache.blocks import BlockPool
+from headrace.cache.keeps import Keep, Keeps, program_of
 from headrace.cache.layout import CacheLayout
 from headrace.cache.prefix import ABSENT, BlockKey, Hit, Node, PrefixTree
 from headrace.core import Sequence
@@ -45,6 +46,7 @@ class KVLedger:
         self.layout = layout
         self.pool = BlockPool(num_blocks)
         self.tree = PrefixTree(layout)
+        self.keeps = Keeps(self.pool)
         self.prefix_cache = prefix_cache
         self.retain_blocks = num_blocks if retain_blocks is None else retain_blocks
         self.full_groups = [index for index, group in enumerate(layout.groups) if group.window is None]
@@ -60,7 +62,7 @@ class KVLedger:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that can be had: free, or kept in the tree but held by nobody."""
+        """Blocks that can be had: free, or in the tree but held by nobody."""
         return self.pool.available
 
     @property
@@ -79,11 +81,16 @@ class KVLedger:
         return sum(min(-(-length // size), (window + chunk - 3) // size + 2) for _, window in self.windowed)
 
     def match(self, sequence: Sequence) -> Hit:
-        """What the tree has of a waiting sequence; at least one token is left to compute, all of them for a score."""
+        """What the tree has of a waiting sequence's owner; at least one token is left to compute.
+
+        All tokens are left to those who want something of each: scores, and means of all hidden states.
+        """
         if not self.prefix_cache:
             return Hit([])
-        limit = 0 if sequence.request.score else (len(sequence.tokens) - 1) // self.layout.block_size
-        return self.tree.match(sequence.tokens, limit)
+        request = sequence.request
+        every = request.score or request.embed == "mean"
+        limit = 0 if every else (len(sequence.tokens) - 1) // self.layout.block_size
+        return self.tree.match(sequence.tokens, limit, request.owner)
 
     def hit_blocks(self, nodes: list[Node]) -> tuple[list[int], list[int]]:
         """The blocks that a sequence acquires with these nodes: of full-attention groups, of sliding-window groups."""
@@ -103,10 +110,10 @@ class KVLedger:
     def admit(self, sequence: Sequence, cached: int) -> None:
         """Give a sequence its tables, with the first `cached` tokens (whole blocks) from the tree.
 
-        Raises ValueError if the tree no longer has them.
+        What was kept for its program is let go. Raises ValueError if the tree no longer has the tokens.
         """
-        size = self.layout.block_size
-        nodes = self.tree.match(sequence.tokens, cached // size).nodes if cached else []
+        size, request = self.layout.block_size, sequence.request
+        nodes = self.tree.match(sequence.tokens, cached // size, request.owner).nodes if cached else []
         if len(nodes) * size != cached:
             raise ValueError(
                 f"sequence {sequence.number}: {cached} cached tokens were planned, {len(nodes) * size} found"
@@ -122,6 +129,8 @@ class KVLedger:
             for block in table:
                 if block != ABSENT:
                     self._hold(block, group, sequence.number)
+        if request.program:
+            self.keeps.drop(program_of(request))
         sequence.tables = tables
         self._renew_promise(sequence, holding)
 
@@ -141,8 +150,8 @@ class KVLedger:
             return
         before = holding.node
         while sequence.computed >= (holding.published + 1) * size:
-            start = holding.published * size
-            holding.node = self.tree.child(holding.node, tuple(sequence.tokens[start : start + size]))
+            label = self.tree.label(sequence.tokens, holding.published, sequence.request.owner)
+            holding.node = self.tree.child(holding.node, label)
             for group, table in enumerate(sequence.tables):
                 own = table[holding.published]
                 table[holding.published] = self._publish_block(holding.node, group, own, sequence.number)
@@ -178,12 +187,29 @@ class KVLedger:
         self.tree.unpin(holding.node)
         self._trim()
 
+    def keep(self, sequence: Sequence, until: float) -> None:
+        """Before its release: what a sequence of a program has in the tree stays for the program's next turn.
+
+        It stays until this time, on whatever clock `expire` is called by; see `Keeps` for what ends it sooner.
+        """
+        published = self.holdings[sequence.number].published
+        held = (table[position] for position in range(published - 1, -1, -1) for table in sequence.tables)
+        blocks = tuple(block for block in held if block != ABSENT)
+        if blocks:
+            self.keeps.add(program_of(sequence.request), Keep(until, blocks))
+
+    def expire(self, now: float) -> None:
+        """Let go of what was kept until now or before."""
+        self.keeps.expire(now)
+        self._trim()
+
     def _trim(self) -> None:
-        """Evict the least recently used unheld blocks down to `retain_blocks`: memory follows the work."""
+        """Evict the least recently used evictable blocks down to `retain_blocks`: memory follows the work."""
         while self.pool.evictable > self.retain_blocks:
             self._evict()
 
     def _evict(self) -> None:
+        self.keeps.give_way()
         for block in reversed(self.tree.forget(self.pool.oldest_evictable())):
             self.pool.uncache(block)
 
@@ -193,7 +219,8 @@ class KVLedger:
             self.tree.fulfil(holding.promise)
         holding.promise = None
         if self.prefix_cache:
-            holding.promise = self.tree.next_key(holding.node, sequence.tokens, holding.published)
+            owner = sequence.request.owner
+            holding.promise = self.tree.next_key(holding.node, sequence.tokens, holding.published, owner)
         if holding.promise is not None:
             self.tree.promise(holding.promise)
 
@@ -258,6 +285,7 @@ class KVLedger:
         for number, sequence in running.items():
             private = sum(held[block] == 1 for group in self.full_groups for block in sequence.tables[group])
             _require(self.holdings[number].private == private, f"sequence {number}: wrong number of private blocks")
+        self.keeps.check()
         self.pool.check()
         self.tree.check()
 

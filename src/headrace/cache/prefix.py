@@ -1,6 +1,7 @@
 """The prefix tree: which blocks hold the KV of which tokens after which other tokens, and who is about to compute more.
 
-Knows tokens and block ids. Whether a block is held or free is the pool's matter; the ledger keeps the two in step.
+Knows tokens, their owners' names and block ids. Whether a block is held or free is the pool's matter; the ledger keeps
+the two in step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from headrace.cache.layout import CacheLayout
 
 ABSENT = -1
 
+# The tokens of a block. Before those of a first block stands their owner's name: what two owners have never meets.
+Label = tuple[int | str, ...]
+
 
 class Node:
     """One full block of tokens after its parent's; `blocks` has a block id for each cache group, or ABSENT.
@@ -19,17 +23,17 @@ class Node:
     `pins` counts running sequences whose newest shared block this is: their place in the tree must stay.
     """
 
-    __slots__ = ("blocks", "children", "parent", "pins", "tokens")
+    __slots__ = ("blocks", "children", "label", "parent", "pins")
 
-    def __init__(self, parent: Node | None, tokens: tuple[int, ...], groups: int) -> None:
+    def __init__(self, parent: Node | None, label: Label, groups: int) -> None:
         self.parent = parent
-        self.tokens = tokens
+        self.label = label
         self.blocks = [ABSENT] * groups
-        self.children: dict[tuple[int, ...], Node] = {}
+        self.children: dict[Label, Node] = {}
         self.pins = 0
 
 
-BlockKey = tuple[Node, tuple[int, ...]]
+BlockKey = tuple[Node, Label]
 
 
 class Hit(NamedTuple):
@@ -49,7 +53,9 @@ class Hit(NamedTuple):
 
 
 class PrefixTree:
-    """Nodes by content: a child is found by its tokens, compared in full, never by a hash alone.
+    """Nodes by content: a child is found by its label, compared in full, never by a hash alone.
+
+    Each owner's nodes are a tree of their own below the root, which is nobody's; it is there while it has nodes.
 
     In a layout with a full-attention group, every node has its blocks of all full-attention groups: they are evicted
     together, and with them the node. A sliding-window group may lose its block of any node.
@@ -64,31 +70,35 @@ class PrefixTree:
             (index, group.window) for index, group in enumerate(layout.groups) if group.window is not None
         ]
 
-    def match(self, tokens: Rows[int], limit: int) -> Hit:
-        """The longest usable prefix of `tokens` in at most `limit` whole blocks. Changes nothing.
+    def match(self, tokens: Rows[int], limit: int, owner: str = "") -> Hit:
+        """The longest usable prefix of an owner's `tokens` in at most `limit` whole blocks. Changes nothing.
 
         Usable is a prefix whose every node has the blocks of all full-attention groups, and whose last nodes have
         those blocks of sliding-window groups that the next query can still see.
         """
-        size = self.layout.block_size
         node, nodes = self.root, []
-        for start in range(0, limit * size, size):
-            child = node.children.get(tuple(tokens[start : start + size]))
+        for depth in range(limit):
+            child = node.children.get(self.label(tokens, depth, owner))
             if child is None:
                 break
             nodes.append(child)
             node = child
         if self._windowed:
             del nodes[self._usable(nodes) :]
-        key = self.next_key(nodes[-1] if nodes else self.root, tokens, len(nodes))
+        key = self.next_key(nodes[-1] if nodes else self.root, tokens, len(nodes), owner)
         extensible = len(nodes) < limit
         return Hit(nodes, key, extensible, extensible and key in self.promises)
 
-    def next_key(self, node: Node, tokens: Rows[int], depth: int) -> BlockKey | None:
-        """The key of the block after `node`, the depth-th of the tokens; None if not all its tokens are known."""
+    def label(self, tokens: Rows[int], depth: int, owner: str) -> Label:
+        """The label of the depth-th block of an owner's tokens, counted from 0."""
         size = self.layout.block_size
-        end = (depth + 1) * size
-        return (node, tuple(tokens[end - size : end])) if end <= len(tokens) else None
+        own = tuple(tokens[depth * size : (depth + 1) * size])
+        return own if depth else (owner, *own)
+
+    def next_key(self, node: Node, tokens: Rows[int], depth: int, owner: str = "") -> BlockKey | None:
+        """The key of the block after `node`, the depth-th of the tokens; None if not all its tokens are known."""
+        known = (depth + 1) * self.layout.block_size <= len(tokens)
+        return (node, self.label(tokens, depth, owner)) if known else None
 
     def _usable(self, nodes: list[Node]) -> int:
         """How many of these nodes a sequence may start behind; one pass, counting each window group's unbroken run."""
@@ -102,11 +112,11 @@ class PrefixTree:
             best = depth if usable else best
         return best
 
-    def child(self, node: Node, tokens: tuple[int, ...]) -> Node:
-        """The node for these tokens after `node`, made if there is none."""
-        found = node.children.get(tokens)
+    def child(self, node: Node, label: Label) -> Node:
+        """The node with this label after `node`, made if there is none."""
+        found = node.children.get(label)
         if found is None:
-            found = node.children[tokens] = Node(node, tokens, len(self.layout.groups))
+            found = node.children[label] = Node(node, label, len(self.layout.groups))
         return found
 
     def put(self, node: Node, group: int, block: int) -> None:
@@ -115,10 +125,10 @@ class PrefixTree:
         self.places[block] = (node, group)
 
     def forget(self, block: int) -> list[int]:
-        """Drop an unheld block; all blocks that lost their place with it, by group.
+        """Drop an evictable block; all blocks that lost their place with it, by group.
 
-        The last release of a node's full-attention blocks is never before its children's (who holds a child holds its
-        parents, and lets go of them last), so the oldest evictable one belongs to a leaf.
+        The last release of a node's full-attention blocks is never before its children's (who holds or keeps a child
+        does so with its parents, and lets go of them last), so the oldest evictable one belongs to a leaf.
         """
         node, group = self.places[block]
         if self.layout.groups[group].window is None:
@@ -153,7 +163,7 @@ class PrefixTree:
         """Remove nodes that hold nothing, lead nowhere and are nobody's place, from here towards the root."""
         while node.parent and not node.children and not node.pins and all(block == ABSENT for block in node.blocks):
             parent = node.parent
-            del parent.children[node.tokens]
+            del parent.children[node.label]
             node = parent
 
     def check(self) -> None:
@@ -163,13 +173,14 @@ class PrefixTree:
         stack = [self.root]
         while stack:
             node = stack.pop()
-            for tokens, child in node.children.items():
-                if child.parent is not node or child.tokens != tokens or len(tokens) != self.layout.block_size:
-                    raise AssertionError(f"a node is in the wrong place: {tokens}")
+            length = self.layout.block_size + (node is self.root)
+            for label, child in node.children.items():
+                if child.parent is not node or child.label != label or len(label) != length:
+                    raise AssertionError(f"a node is in the wrong place: {label}")
                 if any(child.blocks[group] == ABSENT for group in full):
                     raise AssertionError(f"a node lost a block of a full-attention group: {child.blocks}")
                 if not child.children and not child.pins and all(block == ABSENT for block in child.blocks):
-                    raise AssertionError(f"an empty node was not removed: {tokens}")
+                    raise AssertionError(f"an empty node was not removed: {label}")
                 found.update({block: (child, group) for group, block in enumerate(child.blocks) if block != ABSENT})
                 stack.append(child)
         if found != self.places:

@@ -31,8 +31,7 @@ def foresee(llm: LLM, feed: Feed, rows: int, elapsed: float) -> dict[str, Any]:
         return {"seconds": None}
     requests = {sequence.request.id: sequence.request for sequence in engine.state.waiting}
     pile = make_pile(requests.values(), Expectation(llm.tokenizer))
-    cache = engine.cache
-    memory = Memory(cache.layout, cache.num_blocks, cache.block_bytes, llm.context_length)
+    memory = Memory.of_engine(engine)
     found = asdict(forecast(pile.tasks, llm.options, memory, step_time, pile.outputs_known, MOST_STEPS))
     del found["timeline"]
     found["seconds"] += elapsed

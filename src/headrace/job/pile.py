@@ -48,7 +48,7 @@ class Expectation:
     def look(self, request: Request) -> tuple[int, bool]:
         """Tokens, and whether that is certain."""
         params = request.params
-        if request.score:
+        if not request.generates:
             return 0, True
         if params.ignore_eos and params.constraint is None and not params.stop:
             return params.max_tokens, True

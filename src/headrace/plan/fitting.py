@@ -18,7 +18,6 @@ from headrace.meter.peaks import ATTEMPTS, MOST_SCATTER, NoisyMachine, describe_
 from headrace.meter.step_time import StepTime, describe_setting, interpolate
 from headrace.options import EngineOptions
 from headrace.plan.simulator import Memory, Simulator, Task
-from headrace.schedule.state import Limits
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 WANTED = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -54,7 +53,7 @@ class Prober:
         return time.perf_counter() - began
 
     def limit(self, step_tokens: int) -> None:
-        self.engine.state.limits = Limits(step_tokens, self.limits.max_sequences)
+        self.engine.state.limits = replace(self.limits, step_tokens=step_tokens)
 
     def clear(self) -> None:
         for name in self._names:
@@ -90,7 +89,7 @@ class Prober:
 
 
 def settle(sample: Callable[[], float], what: str) -> float:
-    """The median of a few samples. Raises NoisyMachine where the middle half keeps scattering by more than a tenth."""
+    """The median of a few samples. Raises NoisyMachine where their middle half still scatters by more than a fifth."""
     for _ in range(ATTEMPTS):
         seconds = [sample() for _ in range(SAMPLES)]
         low, middle, high = statistics.quantiles(seconds, n=4)
@@ -196,8 +195,7 @@ def run_check(llm: LLM, prober: Prober, found: StepTime) -> float:
     while llm.engine.unfinished:
         llm.engine.step()
     seconds = time.perf_counter() - began
-    cache = llm.engine.cache
-    memory = Memory(cache.layout, cache.num_blocks, cache.block_bytes, llm.context_length)
+    memory = Memory.of_engine(llm.engine)
     names = EngineOptions.__dataclass_fields__
     options = EngineOptions(**{name: value for name, value in llm.resolved.items() if name in names})
     return seconds / Simulator(options, memory, found).run(tasks).seconds - 1

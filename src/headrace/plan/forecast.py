@@ -63,7 +63,7 @@ def forecast(
     found = Simulator(options, memory, step_time).run(tasks, most_steps)
     share = measure_share(tasks, found, step_time)
     prompts = list(chain.from_iterable([task.request.prompt_token_ids] * task.request.params.n for task in tasks))
-    outputs = sum(task.output * task.request.params.n for task in tasks if not task.request.score)
+    outputs = sum(task.output * task.request.params.n for task in tasks if task.request.generates)
     total = sum(map(len, prompts))
     seconds = None if step_time is None else found.seconds / share
     planned = total - round(found.cached_prompt_tokens / share)

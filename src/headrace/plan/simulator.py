@@ -13,6 +13,7 @@ from itertools import count
 
 from headrace.cache.layout import CacheLayout
 from headrace.core import Request, Sequence, StepPlan
+from headrace.engine.engine import Engine
 from headrace.meter.operations import Piece
 from headrace.meter.step_time import StepTime
 from headrace.options import EngineOptions
@@ -40,6 +41,12 @@ class Memory:
     num_blocks: int
     block_bytes: int
     context_length: int
+
+    @classmethod
+    def of_engine(cls, engine: Engine) -> Memory:
+        """That of an engine that is loaded."""
+        cache = engine.cache
+        return cls(cache.layout, cache.num_blocks, cache.block_bytes, engine.context_length)
 
 
 @dataclass(slots=True)
@@ -144,10 +151,10 @@ class Simulator:
 
     def _generate(self, sequence: Sequence) -> None:
         """One more token, and the end of the sequence if it was the last."""
-        if not sequence.request.score:
+        if sequence.request.generates:
             sequence.tokens.append(next(self._invented))
             self.found.output_tokens += 1
-        if sequence.request.score or sequence.output_length >= self._tasks[sequence.number].output:
+        if not sequence.request.generates or sequence.output_length >= self._tasks[sequence.number].output:
             finish(sequence, self.state)
             del self._tasks[sequence.number]
             name = sequence.request.id

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from headrace.core import Sequence, StepPlan
 from headrace.schedule.base import Schedule
 from headrace.schedule.state import SchedulerState
 
 
 def arrange(schedule: Schedule, state: SchedulerState) -> None:
-    """Put those who wait in the schedule's order if any has arrived since the last time; preempted ones stay first."""
+    """Put those who wait in the schedule's order if any has arrived since the last time.
+
+    Preempted ones stay first. All background goes after all foreground, and each is left as it is if none of its kind
+    has arrived: a request does not cost a look at a large batch behind it.
+    """
     if not state.arrived:
         return
-    again = [each for each in state.waiting if each.preemptions]
-    new = [each for each in state.waiting if not each.preemptions]
-    state.waiting.clear()
-    state.waiting.extend(again)
-    state.waiting.extend(schedule.arrange(new, state))
+    arrived: list[Sequence] = []
+    while state.waiting and state.waiting[-1].number > state.arranged:
+        arrived.append(state.waiting.pop())
+    arrived.reverse()
+    foreground = [each for each in arrived if not each.request.background]
+    background = [each for each in arrived if each.request.background]
+    before = count_foreground(state)
+    if background:
+        behind = [state.waiting.pop() for _ in range(len(state.waiting) - before)]
+        state.waiting.extend(order_waiting(schedule, behind[::-1] + background, state))
+    if foreground:
+        ahead = [state.waiting.popleft() for _ in range(before)]
+        state.waiting.extendleft(reversed(order_waiting(schedule, ahead + foreground, state)))
     state.arrived = False
-    state.arranged = max([state.arranged, *(each.number for each in new)])
+    state.arranged = max([state.arranged, *(each.number for each in arrived)])
+
+
+def order_waiting(schedule: Schedule, waiting: list[Sequence], state: SchedulerState) -> list[Sequence]:
+    """Preempted ones as they stand, then the others as the schedule wants them."""
+    again = [each for each in waiting if each.preemptions]
+    return again + schedule.arrange([each for each in waiting if not each.preemptions], state)
+
+
+def count_foreground(state: SchedulerState) -> int:
+    """Waiting sequences before the first of the background."""
+    if not state.background:
+        return len(state.waiting)
+    return sum(1 for _ in takewhile(lambda each: not each.request.background, state.waiting))
 
 
 def apply(plan: StepPlan, state: SchedulerState) -> None:
-    """Preempt, admit and take blocks, in this order: afterwards the tables have room for every chunk.
+    """Admit, preempt and take blocks, in this order: afterwards the tables have room for every chunk.
 
-    A preempted sequence forgets what it computed, not what it generated. `cached_tokens` is what its first admission
-    found in the prefix tree; what it finds again after a preemption is its own work and is not counted.
+    What is admitted comes first, so that nothing of its hits is evicted where the preempted let go of them. A preempted
+    sequence forgets what it computed, not what it generated. `cached_tokens` is what its first admission found in the
+    prefix tree; what it finds again after a preemption is its own work and is not counted.
     """
-    for number in plan.preempt:
-        sequence = state.find(number)
-        state.ledger.release(sequence)
-        state.running.remove(sequence)
-        state.waiting.appendleft(sequence)
-        sequence.computed = 0
-        sequence.preemptions += 1
     for admission in plan.admit:
         sequence = state.find(admission.sequence)
         state.waiting.remove(sequence)
@@ -41,6 +62,13 @@ def apply(plan: StepPlan, state: SchedulerState) -> None:
         sequence.computed = admission.cached
         if sequence.preemptions == 0:
             sequence.cached_tokens = admission.cached
+    for number in plan.preempt:
+        sequence = state.find(number)
+        state.ledger.release(sequence)
+        state.running.remove(sequence)
+        state.waiting.insert(count_foreground(state) if sequence.request.background else 0, sequence)
+        sequence.computed = 0
+        sequence.preemptions += 1
     for chunk in plan.chunks:
         state.ledger.grow(state.find(chunk.sequence), chunk.start + chunk.length)
 
@@ -54,12 +82,22 @@ def advance(plan: StepPlan, state: SchedulerState) -> None:
         state.ledger.slide(sequence)
 
 
-def finish(sequence: Sequence, state: SchedulerState) -> None:
-    """Take out a running sequence that is complete; the forecast learns its length."""
+def finish(sequence: Sequence, state: SchedulerState, keep_until: float | None = None) -> None:
+    """Take out a running sequence that is complete; the forecast learns its length.
+
+    If it belongs to a program, its KV is kept for the next turn until `keep_until`, a time on the clock of `expire`.
+    """
+    if keep_until is not None and sequence.request.program:
+        state.ledger.keep(sequence, keep_until)
     state.running.remove(sequence)
     state.ledger.release(sequence)
-    del state.sequences[sequence.number]
+    state.forget(sequence)
     state.lengths.record(sequence)
+
+
+def expire(state: SchedulerState, now: float) -> None:
+    """Let go of what was kept for programs until now or before. To be called between steps, when it matters."""
+    state.ledger.expire(now)
 
 
 def abort(sequence: Sequence, state: SchedulerState) -> None:
@@ -69,4 +107,4 @@ def abort(sequence: Sequence, state: SchedulerState) -> None:
         state.ledger.release(sequence)
     else:
         state.waiting.remove(sequence)
-    del state.sequences[sequence.number]
+    state.forget(sequence)

@@ -23,6 +23,7 @@ class Schedule(Protocol):
 
         Pure: changes nothing, and answers the same again. `waiting` holds those that never ran, the ones that waited
         before in the order that the last call gave them, then the new ones as they came; preempted ones go before
-        them all and are not asked about. Continuations of one request stay neighbours.
+        them all and are not asked about. All are foreground or all are background, which goes after the foreground
+        and is asked about by itself. Continuations of one request stay neighbours.
         """
         ...

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from headrace.schedule.base import Schedule
 from headrace.schedule.fcfs import FirstComeFirstServed
+from headrace.schedule.interactive import Interactive
 from headrace.schedule.planned import Planned
 from headrace.schedule.shortest import ShortestFirst
 from headrace.schedule.shuffled import Shuffled
@@ -15,4 +16,5 @@ SCHEDULES: Mapping[str, type[Schedule]] = {
     "fcfs": FirstComeFirstServed,
     "shortest": ShortestFirst,
     "random": Shuffled,
+    "interactive": Interactive,
 }

@@ -6,6 +6,7 @@ at which sequences end. The "past", what remains of each sequence, is in `length
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -46,31 +47,41 @@ class Outlook:
     the last token is never computed, and a started block counts whole. Blocks that several sequences hold are
     counted once, for good: `shared`. Sliding-window groups count as their most.
     So with true lengths a peak within the pool means that no preemption will be needed.
+
+    `running` are all that hold blocks, or (`everyone` False) all that count: the others give way when memory is short.
     """
 
-    def __init__(self, ledger: KVLedger, lengths: Lengths, step_tokens: int, running: list[Sequence]) -> None:
+    def __init__(
+        self, ledger: KVLedger, lengths: Lengths, step_tokens: int, running: list[Sequence], everyone: bool = True
+    ) -> None:
         self.ledger = ledger
         self.lengths = lengths
         self.step_tokens = step_tokens
-        self.shared = ledger.shared * ledger.layout.block_size
-        # Holders of blocks that this plan's admissions acquire: a sequence's number, or None for several.
-        self.claims: dict[int, int | None] = {}
+        self.everyone = everyone
+        # Holders of blocks that this plan's admissions acquire: a sequence's number, or None for several. Where the
+        # ledger counts some that give way, those of all blocks.
+        self.claims: dict[int, int | None] = {} if everyone else find_holders(ledger, running)
+        holders = Counter(self.claims.values())
+        self.shared = (ledger.shared if everyone else holders[None]) * ledger.layout.block_size
         # Sequences whose end is the model's choice.
         self.uncertain = 0
         self._window_blocks: dict[tuple[int, int], int] = {}
-        demands = {sequence.number: self._demand_running(sequence) for sequence in running}
+        demands = {
+            each.number: self._demand_running(
+                each, ledger.holdings[each.number].private if everyone else holders[each.number]
+            )
+            for each in running
+        }
         self.demands = dict(sorted(demands.items(), key=lambda item: item[1], reverse=True))
 
-    def add(self, sequence: Sequence, hit: Hit) -> int:
-        """Count in a waiting sequence with its hit; how many blocks that nobody held its hit takes."""
+    def add(self, sequence: Sequence, hit: Hit) -> None:
+        """Count in a waiting sequence with its hit."""
         size = self.ledger.layout.block_size
-        full, seen = self.ledger.hit_blocks(hit.nodes)
-        taken = joined = 0
-        for block in full:
+        joined = 0
+        for block in self.ledger.hit_blocks(hit.nodes)[0]:
             holder, held = self._holder(block)
             if not held:
                 self.claims[block] = sequence.number
-                taken += 1
                 continue
             joined += 1
             if holder is not None:
@@ -78,12 +89,7 @@ class Outlook:
                 self.demands[holder] = demand._replace(held=demand.held - size)
                 self.shared += size
                 self.claims[block] = None
-        for block in seen:
-            if not self._holder(block)[1]:
-                self.claims[block] = sequence.number
-                taken += 1
         self.demands[sequence.number] = self._demand(sequence, joined, len(hit.nodes) * size)
-        return taken
 
     def peak(self) -> int:
         """Predicted peak in blocks, rounded up, with what the predictions may well be too low by."""
@@ -92,18 +98,18 @@ class Outlook:
 
     def _holder(self, block: int) -> tuple[int | None, bool]:
         """The one holder of a block if there is just one, and whether it is held at all."""
-        if block in self.claims:
-            return self.claims[block], True
+        if block in self.claims or not self.everyone:
+            return self.claims.get(block), block in self.claims
         return self.ledger.sole_holder(block), self.ledger.pool.references[block] > 0
 
-    def _demand_running(self, sequence: Sequence) -> Demand:
+    def _demand_running(self, sequence: Sequence, private: int) -> Demand:
         held = len(self.ledger.full_groups) * len(sequence.tables[0])
-        return self._demand(sequence, held - self.ledger.holdings[sequence.number].private, sequence.computed)
+        return self._demand(sequence, held - private, sequence.computed)
 
     def _demand(self, sequence: Sequence, joined: int, computed: int) -> Demand:
         """Of a sequence that shares `joined` blocks of full-attention groups and has computed so many tokens."""
         ledger, known = self.ledger, len(sequence.tokens)
-        self.uncertain += not (sequence.request.score or sequence.request.params.ignore_eos)
+        self.uncertain += sequence.request.generates and not sequence.request.params.ignore_eos
         size, rate = ledger.layout.block_size, len(ledger.full_groups)
         growth = max(self.lengths.remaining(sequence) - 1, 0)
         held = rate * (known + size - 1) - size * joined
@@ -114,3 +120,13 @@ class Outlook:
                 self._window_blocks[key] = ledger.window_blocks(known + growth, key[1])
             held += size * self._window_blocks[key]
         return Demand(growth, held, rate)
+
+
+def find_holders(ledger: KVLedger, sequences: Iterable[Sequence]) -> dict[int, int | None]:
+    """The holder of each block of a full-attention group that these have: a sequence's number, or None for several."""
+    holders: dict[int, int | None] = {}
+    for sequence in sequences:
+        for group in ledger.full_groups:
+            for block in sequence.tables[group]:
+                holders[block] = None if block in holders else sequence.number
+    return holders

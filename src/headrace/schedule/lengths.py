@@ -30,7 +30,7 @@ class Lengths(Protocol):
         """Learn from a sequence that has just finished."""
 
     def remaining(self, sequence: Sequence) -> int:
-        """Tokens that the sequence is thought to generate from now on; at least 1, but 0 for a score. Changes nothing.
+        """Tokens that the sequence is thought to generate from now on; at least 1 if it generates. Changes nothing.
 
         The same answer whenever it is asked between two calls of `record` with as many tokens generated.
         """
@@ -90,9 +90,9 @@ class LengthForecast:
         self._kinds: OrderedDict[Kind, LengthWindow] = OrderedDict()
 
     def record(self, sequence: Sequence) -> None:
-        """Learn a finished length, where it was the model's choice: not a score's, not one with `ignore_eos`."""
+        """Learn a finished length, where it was the model's choice: not one with `ignore_eos`."""
         request = sequence.request
-        if request.score or request.params.ignore_eos:
+        if request.params.ignore_eos or not request.generates:
             return
         length, kind = sequence.output_length, kind_of(request)
         self._all.add(length)
@@ -102,13 +102,13 @@ class LengthForecast:
             self._kinds.popitem(last=False)
 
     def remaining(self, sequence: Sequence) -> int:
-        """Tokens that the sequence is predicted to generate from now on; at least 1 unless it is a score.
+        """Tokens that the sequence is predicted to generate from now on; at least 1 if it generates.
 
         What `max_tokens` and the context allow where that is certain (`ignore_eos`), where fewer than 32 lengths are
         known, and where no known length is above what is generated already.
         """
         request = sequence.request
-        if request.score:
+        if not request.generates:
             return 0
         most = most_remaining(sequence, self.context_length)
         window = self._known(request)
@@ -152,8 +152,8 @@ class AggressiveLengths:
         """Nothing to learn."""
 
     def remaining(self, sequence: Sequence) -> int:
-        """1, or 0 for a score."""
-        return 0 if sequence.request.score else 1
+        """1, or 0 for what generates nothing."""
+        return int(sequence.request.generates)
 
     def spread(self, count: int) -> int:
         """0."""
@@ -174,8 +174,8 @@ class ConservativeLengths:
         """Nothing to learn."""
 
     def remaining(self, sequence: Sequence) -> int:
-        """What is allowed; at least 1, or 0 for a score."""
-        return 0 if sequence.request.score else most_remaining(sequence, self.context_length)
+        """What is allowed; at least 1, or 0 for what generates nothing."""
+        return most_remaining(sequence, self.context_length) if sequence.request.generates else 0
 
     def spread(self, count: int) -> int:
         """0."""
@@ -196,8 +196,8 @@ class OracleLengths:
         """Nothing to learn."""
 
     def remaining(self, sequence: Sequence) -> int:
-        """What is truly left; at least 1, or 0 for a score. Raises KeyError for a number that a mapping lacks."""
-        if sequence.request.score:
+        """What is truly left; at least 1 if it generates. Raises KeyError for a number that a mapping lacks."""
+        if not sequence.request.generates:
             return 0
         return max(self._true_length(sequence.number) - sequence.output_length, 1)
 
@@ -216,7 +216,7 @@ def kind_of(request: Request) -> Kind:
 
 
 def most_output(request: Request) -> float:
-    return 0.0 if request.score else float(request.params.max_tokens)
+    return float(request.params.max_tokens) if request.generates else 0.0
 
 
 def most_remaining(sequence: Sequence, context_length: int | None) -> int:

@@ -21,13 +21,16 @@ def describe_pieces(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout
         shared = sum(1 for block in held if block in read) * layout.block_size
         read.update(held)
         output = chunk.start >= sequence.prompt_length
-        pieces.append(Piece(chunk.start, chunk.length, len(wanted_rows(chunk, sequence)), output, shared))
+        logits = 0 if sequence.request.embed else len(wanted_rows(chunk, sequence))
+        pieces.append(Piece(chunk.start, chunk.length, logits, output, shared))
     return pieces
 
 
 def wanted_rows(chunk: Chunk, sequence: Sequence) -> range:
-    """The chunk's tokens, counted from its start, whose logits are wanted."""
+    """The chunk's tokens, counted from its start, whose hidden states are wanted: for logits, or for an embedding."""
     if sequence.request.score:
         return range(min(chunk.length, len(sequence.tokens) - 1 - chunk.start))
+    if sequence.request.embed == "mean":
+        return range(chunk.length)
     reaches_end = chunk.start + chunk.length == len(sequence.tokens)
     return range(chunk.length - 1, chunk.length) if reaches_end else range(0)

@@ -22,5 +22,6 @@ class Planned:
         left = [each for each in waiting if each.number <= state.arranged]
         new = [each for each in waiting if each.number > state.arranged]
         decode = [state.lengths.expected(each.request) for each in new]
-        tree = grow_tree([pack(each.tokens) for each in new], decode, state.ledger.layout.block_size)
+        owners = [each.request.owner for each in new]
+        tree = grow_tree([pack(each.tokens) for each in new], decode, state.ledger.layout.block_size, owners)
         return left + [new[place] for place in order_rows(tree, state.limits.max_sequences)]

@@ -64,13 +64,18 @@ def count_common(one: bytes, other: bytes) -> int:
     return low
 
 
-def grow_tree(rows: Sequence[bytes], decode: Sequence[float], unit: int = 1) -> Branch:
+def grow_tree(
+    rows: Sequence[bytes], decode: Sequence[float], unit: int = 1, owners: Sequence[str] | None = None
+) -> Branch:
     """The tree of packed rows; `decode` is what each is expected to generate. Prefixes are shared in whole `unit`s.
 
-    Rows are sorted by their bytes, so those that share a prefix are neighbours, and the tree follows from what each has
-    in common with the next: O(n log n) comparisons of bytes, no node a token.
+    Rows of different `owners`, where those are given, share nothing. Each owner's are sorted by their bytes, so those
+    that share a prefix are neighbours, and the tree follows from what each has in common with the next: O(n log n)
+    comparisons of bytes, no node a token.
     """
     places = sorted(range(len(rows)), key=rows.__getitem__)
+    if owners is not None:
+        places.sort(key=owners.__getitem__)
     root = Branch(0)
     path = [root]
     common = 0
@@ -81,8 +86,11 @@ def grow_tree(rows: Sequence[bytes], decode: Sequence[float], unit: int = 1) -> 
                 path.append(Branch(common))
             path[-1].add(closed)
         row = rows[place]
-        following = rows[places[index + 1]] if index + 1 < len(places) else b""
-        common = count_common(row, following) // unit * unit
+        after = places[index + 1] if index + 1 < len(places) else None
+        if after is None or (owners is not None and owners[after] != owners[place]):
+            common = 0
+        else:
+            common = count_common(row, rows[after]) // unit * unit
         if common > path[-1].depth:
             path.append(Branch(common))
         path[-1].add(Branch(len(row) // WIDTH, place, decode[place]))

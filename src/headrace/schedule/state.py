@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from headrace.cache.keeps import Program, program_of
 from headrace.cache.layout import CacheLayout
 from headrace.cache.ledger import KVLedger
 from headrace.core import Sequence
 from headrace.options import EngineOptions
 from headrace.schedule.lengths import ADMISSIONS, Lengths
 
+# Programs whose beginning is remembered.
+MOST_PROGRAMS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a step: tokens computed, and sequences that run. Both at least 1."""
+    """Bounds of a step: tokens computed, and sequences that run. Both at least 1.
+
+    Prompts with at most `short_prefill` tokens to compute do not wait for longer ones; None: all are alike.
+    """
 
     step_tokens: int
     max_sequences: int
+    short_prefill: int | None = None
 
     def __post_init__(self) -> None:
         if self.step_tokens < 1 or self.max_sequences < 1:
             raise ValueError(
                 f"step_tokens and max_sequences must be at least 1, got {self.step_tokens}, {self.max_sequences}"
             )
+        if self.short_prefill is not None and self.short_prefill < 0:
+            raise ValueError(f"short_prefill must be at least 0, got {self.short_prefill}")
 
 
 @dataclass(slots=True)
 class SchedulerState:
     """Owned by the engine; changed only by `add` and the functions of `schedule.apply`.
 
-    `waiting` is in the order in which the schedule wants them admitted, preempted sequences before all others; those
-    that came since it was asked stand at the end, and `arrived` says that there are some; `arranged` is the highest
-    number that it has seen. `running` is in the order of admission.
+    `waiting` is in the order in which the schedule wants them admitted, preempted sequences before all others, but all
+    background after all foreground; those that came since it was asked stand at the end, and `arrived` says that there
+    are some; `arranged` is the highest number that it has seen. `running` is in the order of admission. `background`
+    counts the sequences of background requests. `programs` has the number of each program's first sequence, for the
+    4096 that had a turn last.
     """
 
     ledger: KVLedger
@@ -43,6 +55,8 @@ class SchedulerState:
     sequences: dict[int, Sequence] = field(default_factory=dict)
     arrived: bool = False
     arranged: int = -1
+    background: int = 0
+    programs: OrderedDict[Program, int] = field(default_factory=OrderedDict)
 
     @classmethod
     def create(
@@ -59,7 +73,7 @@ class SchedulerState:
         return cls(ledger, Limits(options.step_tokens, options.max_sequences), lengths)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence that fits the pool alone (`ledger.blocks_for`): the caller refuses any other.
+        """Queue a sequence that fits the pool alone (`ledger.blocks_for`): the caller refuses any other. Numbers rise.
 
         Raises ValueError if its number is taken.
         """
@@ -68,6 +82,18 @@ class SchedulerState:
         self.sequences[sequence.number] = sequence
         self.waiting.append(sequence)
         self.arrived = True
+        self.background += sequence.request.background
+        if sequence.request.program:
+            program = program_of(sequence.request)
+            self.programs.setdefault(program, sequence.number)
+            self.programs.move_to_end(program)
+            if len(self.programs) > MOST_PROGRAMS:
+                self.programs.popitem(last=False)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence neither waits nor runs any more."""
+        del self.sequences[sequence.number]
+        self.background -= sequence.request.background
 
     def find(self, number: int) -> Sequence:
         """The waiting or running sequence with this number. Raises KeyError if there is none."""

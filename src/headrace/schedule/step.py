@@ -6,11 +6,11 @@ token budget. Admission is Past-Future's (arXiv 2507.10150, section 4).
 
 from __future__ import annotations
 
-from collections import Counter
-
-from headrace.cache.prefix import ABSENT, BlockKey, Hit
+from headrace.cache.prefix import BlockKey, Hit
 from headrace.core import Admission, Chunk, Request, Sequence, StepPlan
 from headrace.schedule.forecast import Outlook
+from headrace.schedule.lanes import reserve_for_long, short_waits
+from headrace.schedule.room import Room
 from headrace.schedule.state import Limits, SchedulerState
 
 # Waiting sequences that may be stepped over in one plan because others are computing what they need.
@@ -20,108 +20,153 @@ LOOK_AHEAD = 512
 def plan_step(state: SchedulerState, limits: Limits) -> StepPlan:
     """The next step, sequences by number. Pure: reads the state, changes nothing, and answers the same again.
 
+    While there is any foreground, "running" and "waiting" below mean it alone; running background pauses: it computes
+    nothing and keeps its blocks until they are needed, and then gives way before all others, the newest first.
+
     1. Every running sequence with one token to compute gets it, in order of admission. No more than `step_tokens`
        sequences are ever admitted, so these always fit the budget (should it be lowered, the oldest go first).
-    2. Running sequences with more to compute share the rest of the budget in order of admission.
+    2. Running sequences with more to compute share the rest of the budget in order of admission. With `short_prefill`,
+       while such short foreground waits or runs here, the longer ones that run share at most half of it.
     3. If no block is left for a token of step 1, the newest running sequence is preempted until there is. In step 2
        only newer sequences of step 2 are: prefill never displaces a decode. Preempted sequences wait at the front.
-    4. Unless something was preempted, waiting sequences are admitted in the order in which they wait, each at once with
-       its first chunk, while tokens, `max_sequences` and the predicted future peak (whole prompts included) allow. The
-       first that does not fit ends this; only those whose next block a running sequence is computing are stepped over.
-       If nothing runs, the first is admitted whatever is predicted.
+    4. Unless one of those was preempted, waiting sequences are admitted in the order in which they wait, each at once
+       with its first chunk, while tokens, `max_sequences` and the predicted future peak (whole prompts included) allow.
+       The first that does not fit ends this; only those whose next block a running sequence is computing are stepped
+       over. If nothing runs, the first is admitted whatever is predicted.
 
-    `apply` executes the plan in its order: preempt, newest first; admit, each with the whole blocks of tokens that the
-    prefix tree has of it now; compute the chunks, at most one a sequence, starting at what it has computed.
+    `apply` executes the plan: admit, each with the whole blocks of tokens that the prefix tree has of it now; preempt;
+    compute the chunks, at most one a sequence, starting at what it has computed.
 
     Every sequence finishes, if each fits the pool alone (`ledger.blocks_for(longest) <= num_blocks`, which the engine
     checks): a plan with decodes computes a token of the oldest of them, as in step 3 all others give way and the pool
     that is left to it suffices; decodes end after `max_tokens`. Without decodes the oldest prefill gets a token, as
-    all others give way. When nothing runs, nothing is promised, so the first waiting sequence is admitted and runs
-    at least one token, as everything but its own hit can be had. The oldest running sequence is never preempted, so
-    what it computed is never lost and it ends; then the next is the oldest.
+    all others give way and half of a rest of two or more is left to either lane. When nothing runs, nothing is promised
+    (a paused sequence's promises do not count), so the first waiting sequence is admitted and runs at least one token,
+    as everything but its own hit can be had. The oldest running sequence is never preempted, so what it computed is
+    never lost and it ends; then the next is the oldest. That holds of the foreground whatever background there is. So
+    foreground that waits without any that runs is admitted at once, background waits for it only while it is being
+    computed, and when no more comes the background is what runs and waits.
     """
     draft = _Draft(state, limits)
+    computing = len(draft.alive)
     draft.run_decodes()
     draft.run_prefills()
-    if not draft.preempted:
+    if len(draft.alive) == computing:
         draft.admit_waiting()
     return StepPlan(tuple(draft.chunks), tuple(draft.admitted), tuple(draft.preempted))
 
 
 class _Draft:
-    """A plan in the making: what it has taken from the budget and the pool so far."""
+    """A plan in the making: what it has taken from the budget and the pool so far.
+
+    `alive` are the running sequences that compute, `paused` those that do not, both in order of admission.
+    """
 
     def __init__(self, state: SchedulerState, limits: Limits) -> None:
         self.state = state
         self.limits = limits
-        self.ledger = state.ledger
+        self.room = Room(state.ledger)
         self.alive = list(state.running)
+        self.paused: list[Sequence] = []
         self.budget = limits.step_tokens
-        self.free = state.ledger.free_blocks
         self.chunks: list[Chunk] = []
         self.admitted: list[Admission] = []
         self.preempted: list[int] = []
         self.promised: set[BlockKey] = set()
-        self._released: Counter[int] = Counter()
+        if state.background and self.foreground:
+            self.alive = [each for each in state.running if not each.request.background]
+            self.paused = [each for each in state.running if each.request.background]
+        self.pausing = bool(self.paused)
+        if self.pausing:
+            promises = (state.ledger.holdings[each.number].promise for each in self.alive)
+            self.promised.update(promise for promise in promises if promise is not None)
+
+    @property
+    def foreground(self) -> bool:
+        """Whether there is any."""
+        return self.state.background < len(self.state.sequences)
+
+    @property
+    def places(self) -> int:
+        """How many sequences more may compute."""
+        return min(self.limits.max_sequences, self.limits.step_tokens) - len(self.alive)
 
     def run_decodes(self) -> None:
         """One token for every running sequence that has one to compute."""
-        size, groups = self.ledger.layout.block_size, len(self.ledger.layout.groups)
-        for index, sequence in enumerate(self.state.running):
+        layout = self.room.layout
+        size, groups = layout.block_size, len(layout.groups)
+        for index, sequence in enumerate(list(self.alive)):
             if self.budget == 0 or index == len(self.alive):
                 return
             computed = sequence.computed
             if len(sequence.tokens) - computed != 1:
                 continue
             if computed == len(sequence.tables[0]) * size:
-                while self.free < groups:
-                    if self._preempt(self.alive[-1]) is sequence:
+                while self.room.free < groups:
+                    if self._preempt((self.paused or self.alive).pop()) is sequence:
                         return
-                self.free -= groups
+                self.room.free -= groups
             self.chunks.append(Chunk(sequence.number, computed, 1))
             self.budget -= 1
 
     def run_prefills(self) -> None:
         """The rest of the budget for running sequences that have more than one token to compute."""
         prefills = [sequence for sequence in self.alive if len(sequence.tokens) - sequence.computed > 1]
+        reserved = self._reserve(prefills)
+        lanes, limit = reserved > 0, self.limits.short_prefill or 0
         index = 0
         while index < len(prefills) and self.budget:
             sequence = prefills[index]
             index += 1
-            while not self._fitting(sequence.computed, len(sequence.tables[0])) and index < len(prefills):
-                self._preempt(prefills.pop())
-            self._run(sequence, sequence.computed, len(sequence.tables[0]))
+            computed, blocks = sequence.computed, len(sequence.tables[0])
+            long = lanes and len(sequence.tokens) - computed > limit
+            most = min(len(sequence.tokens) - computed, reserved if long else self.budget - reserved)
+            if most < 1:
+                continue
+            self._make_room(computed, blocks, most)
+            while self.room.fitting(computed, blocks) < 1 and index < len(prefills):
+                self.alive.remove(self._preempt(prefills.pop()))
+            length = self._run(sequence, computed, blocks, most)
+            reserved -= length if long else 0
 
     def admit_waiting(self) -> None:
         """Admit from the front of the queue until something does not fit."""
-        places = min(self.limits.max_sequences, self.limits.step_tokens) - len(self.alive)
+        places, foreground = self.places, self.foreground
         outlook: Outlook | None = None
         skipped: Request | None = None
         deferred = 0
         for sequence in self.state.waiting:
             if self.budget == 0 or len(self.admitted) >= places or deferred == LOOK_AHEAD:
                 return
+            if foreground and sequence.request.background:
+                return
             # Choices of one request that never ran have equal tokens: if one has to wait for its prefix, so do the
             # next. (Preempted ones stand before them all.)
-            hit = None if sequence.request is skipped else self.ledger.match(sequence)
+            hit = None if sequence.request is skipped else self.state.ledger.match(sequence)
             if hit is None or self._promised(hit):
                 skipped = None if sequence.preemptions else sequence.request
                 deferred += 1
                 continue
             if outlook is None:
-                outlook = Outlook(self.ledger, self.state.lengths, self.limits.step_tokens, self.alive)
+                outlook = Outlook(
+                    self.state.ledger, self.state.lengths, self.limits.step_tokens, self.alive, not self.pausing
+                )
             if not self._admit(sequence, hit, outlook):
                 return
 
     def _admit(self, sequence: Sequence, hit: Hit, outlook: Outlook) -> bool:
         """Admit a waiting sequence with its first chunk, if it fits."""
+        ledger = self.state.ledger
         alone = not self.alive and not self.admitted
-        taken = outlook.add(sequence, hit)
-        if not alone and outlook.peak() > self.ledger.num_blocks:
+        outlook.add(sequence, hit)
+        if not alone and outlook.peak() > ledger.num_blocks:
             return False
-        self.free -= taken
-        cached = len(hit.nodes) * self.ledger.layout.block_size
-        self._run(sequence, cached, len(hit.nodes))
+        for blocks in ledger.hit_blocks(hit.nodes):
+            self.room.claim(blocks)
+        cached = len(hit.nodes) * ledger.layout.block_size
+        most = min(len(sequence.tokens) - cached, self.budget)
+        self._make_room(cached, len(hit.nodes), most)
+        self._run(sequence, cached, len(hit.nodes), most)
         self.admitted.append(Admission(sequence.number, cached))
         if hit.key is not None:
             self.promised.add(hit.key)
@@ -129,29 +174,34 @@ class _Draft:
 
     def _promised(self, hit: Hit) -> bool:
         """Whether what comes after the hit is being computed, by what runs or by what this plan admits."""
-        return hit.promised or (hit.extensible and hit.key in self.promised)
+        running = hit.promised and not self.pausing
+        return running or (hit.extensible and hit.key in self.promised)
 
-    def _fitting(self, computed: int, blocks: int) -> int:
-        """Tokens that a sequence with so many blocks in its tables could compute with the blocks that can be had."""
-        layout = self.ledger.layout
-        return (blocks + self.free // len(layout.groups)) * layout.block_size - computed
+    def _reserve(self, prefills: list[Sequence]) -> int:
+        """Tokens that are for long prefills of the foreground, and no more for them; 0 if they are not held back."""
+        state, limit = self.state, self.limits.short_prefill
+        if limit is None or not prefills or not self.foreground:
+            return 0
+        waits = self.places > 0 and short_waits(state.waiting, state.ledger, limit)
+        return reserve_for_long(prefills, waits, self.budget, limit)
 
-    def _run(self, sequence: Sequence, computed: int, blocks: int) -> None:
-        """A chunk as long as known tokens, budget and blocks allow; none if that is nothing."""
-        layout = self.ledger.layout
-        length = min(len(sequence.tokens) - computed, self.budget, self._fitting(computed, blocks))
+    def _make_room(self, computed: int, blocks: int, length: int) -> None:
+        """Preempt paused sequences until a chunk of this length fits, or none is left."""
+        while self.paused and self.room.fitting(computed, blocks) < length:
+            self._preempt(self.paused.pop())
+
+    def _run(self, sequence: Sequence, computed: int, blocks: int, most: int) -> int:
+        """A chunk of at most so many tokens, as long as blocks allow, and its length; none if that is nothing."""
+        length = min(most, self.room.fitting(computed, blocks))
         if length < 1:
-            return
+            return 0
         self.chunks.append(Chunk(sequence.number, computed, length))
         self.budget -= length
-        self.free -= max(0, -(-(computed + length) // layout.block_size) - blocks) * len(layout.groups)
+        self.room.take(computed + length, blocks)
+        return length
 
     def _preempt(self, victim: Sequence) -> Sequence:
-        """Count the victim's blocks as free, but for those that others still hold."""
-        self.alive.remove(victim)
+        """Its blocks are free, but for those that others still hold."""
         self.preempted.append(victim.number)
-        references = self.ledger.pool.references
-        for block in (block for table in victim.tables for block in table if block != ABSENT):
-            self._released[block] += 1
-            self.free += self._released[block] == references[block]
+        self.room.give_back(victim)
         return victim

@@ -26,7 +26,7 @@ def test_openai_batch_lines_have_openais_shape(tiny_model: Path, tmp_path: Path)
     rows = [
         batch_row("a", "Hi", logprobs=True, top_logprobs=2, max_tokens=3),
         {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": completion},
-        batch_row("c", "Hi", tools=[{"type": "function"}]),
+        batch_row("c", "Hi", audio={"voice": "deep"}),
         {"custom_id": "d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Say ", "echo": True}},
     ]
     report = run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")

@@ -23,6 +23,7 @@ from jobs import (
 
 from headrace.core import InputError, RowError, SamplingParams
 from headrace.job.feed import MOST_PENDING, Feed, Flow
+from headrace.job.inlet import EngineInlet
 from headrace.job.journal import Journal
 from headrace.job.openai import BatchDrafter
 from headrace.job.progress import State, estimate_rest, format_progress, measure
@@ -261,9 +262,9 @@ def test_reading_pauses_however_long_the_input_is(kind: str, tiny_model: Path, t
 
     with LLM(**vars(engine_options(tiny_model))) as llm:
         drafter = CountingDrafter(BatchDrafter(llm.tokenizer, SamplingParams(max_tokens=2), "error"))
-        feed = Feed(rows(), drafter, llm.engine, llm.tokenizer, Journal(tmp_path / "journal"))
-        finished = feed.top_up()
-        while feed.wanting and not finished:
+        feed = Feed(rows(), drafter, EngineInlet(llm.engine), llm.tokenizer, Journal(tmp_path / "journal"))
+        finished: list[Any] = []
+        while not finished and feed.wants_rows():
             finished = feed.top_up()
         assert len(finished) == (256 if kind == "wrong" else 0)
         window = Planned.window

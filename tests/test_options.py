@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headrace.cli.config import read_config, resolve
-from headrace.cli.settings import GROUPS, Setting, all_settings, format_size, parse_size, parse_value
+from headrace.cli.settings import GROUPS, RUN, SERVE, Setting, all_settings, format_size, parse_size, parse_value
 from headrace.core import InputError, SamplingParams
 from headrace.options import EngineOptions, RunOptions, SamplingOptions
 
@@ -16,9 +16,11 @@ SETTINGS = {setting.name: setting for setting in all_settings()}
 
 
 def test_every_field_is_a_setting_once_with_a_meaning() -> None:
-    fields = [field.name for options in GROUPS.values() for field in dataclasses.fields(options)]
-    assert sorted(fields) == sorted(SETTINGS), "a name is used by two option classes"
-    for setting in SETTINGS.values():
+    for groups in (RUN, SERVE):
+        fields = [field.name for group in groups for field in dataclasses.fields(GROUPS[group])]
+        names = [setting.name for setting in all_settings(groups)]
+        assert fields == names and len(set(names)) == len(names), "a command has two settings of one name"
+    for setting in all_settings(tuple(GROUPS)):
         assert setting.meaning.endswith("."), setting.name
         assert "\n" not in setting.meaning, setting.name
 
@@ -122,7 +124,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     [
         ("max_token = 3", "unknown setting 'max_token'; did you mean 'max_tokens'?"),
         ("max-tokens = 3", "unknown setting 'max-tokens'; did you mean 'max_tokens'?"),
-        ("colour = 3", "unknown setting 'colour'; `headrace run --help` lists the settings"),
+        ("colour = 3", "unknown setting 'colour'; --help lists the settings"),
         ("max_tokens = 'x'", "max_tokens: must be a whole number, got 'x'"),
         ("max_tokens = ", "not TOML"),
         ("[sampling]\nmax_tokens = 3", "unknown setting 'sampling'"),

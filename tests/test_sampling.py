@@ -96,14 +96,16 @@ def test_a_row_draws_the_same_in_any_company(tokenizer: Tokenizer) -> None:
     assert together == alone
 
 
-def test_seed_and_id_decide(tokenizer: Tokenizer) -> None:
+def test_the_seed_decides_or_the_id_where_there_is_none(tokenizer: Tokenizer) -> None:
     logits = torch.zeros(1, VOCABULARY)
 
-    def draw(name: str, seed: int) -> int:
-        return choose(logits, [make_generation(tokenizer, name, temperature=1.0, seed=seed)])[0]
+    def draw(name: str, **own: int) -> int:
+        return choose(logits, [make_generation(tokenizer, name, temperature=1.0, **own)])[0]
 
-    assert draw("a", 1) == draw("a", 1)
-    assert len({draw(name, seed) for name in "abc" for seed in range(4)}) > 8
+    assert draw("a", seed=1) == draw("a", seed=1) == draw("b", seed=1)
+    assert len({draw("a", seed=seed) for seed in range(12)}) > 8
+    assert draw("a") == draw("a")
+    assert len({draw(name) for name in "abcdefghijkl"}) > 8
 
 
 def test_a_flat_nucleus_wider_than_the_candidates_is_exact(tokenizer: Tokenizer) -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headrace.core import Constraint, HeadraceError, InputError, ModelError, RowError, SamplingParams
-    from headrace.engine.outputs import CompletionOutput, RequestOutput
-    from headrace.llm import LLM, ScoreOutput
+    from headrace.engine.outputs import CompletionOutput, RequestOutput, ScoreOutput
+    from headrace.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 # Names are loaded when first asked for: `import headrace` and `headrace --help` must not wait for torch.
 _HOMES = {
     "LLM": "headrace.llm",
-    "ScoreOutput": "headrace.llm",
+    "ScoreOutput": "headrace.engine.outputs",
     "RequestOutput": "headrace.engine.outputs",
     "CompletionOutput": "headrace.engine.outputs",
 }

@@ -5,32 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from headrace.core import InputError, Request, RowError, SamplingParams
+from headrace.checkpoint import open_checkpoint
+from headrace.checkpoint.pooling import read_pooling
+from headrace.core import InputError, Pooling, Request, RowError, SamplingParams
+from headrace.engine.deltas import DeltaReader
 from headrace.engine.loading import load_engine
-from headrace.engine.outputs import RequestOutput
+from headrace.engine.outputs import RequestOutput, ScoreOutput
+from headrace.meter.bar import show_progress
 from headrace.meter.report import describe_run
 from headrace.options import DEFAULT_MODEL, EngineOptions
 from headrace.schedule.window import Window
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreOutput:
-    """Log probabilities of a text's tokens (natural logarithm; the first token has none) and exp(-their mean)."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float | None]
-    perplexity: float
 
 
 class LLM:
@@ -68,6 +60,13 @@ class LLM:
         self.load_seconds = time.perf_counter() - began
         self.run_seconds = 0.0
         self._busy = False
+        # What a token adds to a text, in UTF-8.
+        self.token_bytes = lru_cache(maxsize=65536)(self.tokenizer.token_bytes)
+
+    @property
+    def pooling(self) -> Pooling:
+        """How the model's own configuration makes one vector of a text."""
+        return read_pooling(open_checkpoint(self.options.model).path)
 
     @property
     def context_length(self) -> int:
@@ -120,6 +119,33 @@ class LLM:
                 f"params must be one for all or one a prompt: got {len(params)} for {len(prompts)} prompts"
             )
         return self._run(self._requests(prompts, params), lazy=not isinstance(prompts, Sequence))
+
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer to one conversation, in pieces of text as they come. One call at a time, as `stream`.
+
+        Raises RowError for a conversation that cannot be answered, as when it is too long.
+        """
+        self._require_ready()
+        params = params or SamplingParams()
+        request = Request("0", tuple(self._render(messages)), params)
+        return self._speak(request, DeltaReader(self.tokenizer, params))
+
+    def embed(
+        self, texts: Prompt | Sequence[Prompt], pooling: Pooling | None = None, *, progress: bool = True
+    ) -> list[list[float]]:
+        """One vector of length 1 for each text, [hidden size]: the mean of its tokens' last hidden states, or the last
+        token's; as the model's configuration says if `pooling` is not given.
+
+        Raises ValueError for a text that is empty or longer than the context.
+        """
+        self._require_ready()
+        texts = as_list(texts)
+        requests = self._requests(texts, SamplingParams(max_tokens=1), embed=pooling or self.pooling)
+        answers = {each.request_id: each for each in show_progress(self._run(requests), len(texts), progress)}
+        for place in range(len(texts)):
+            if (error := answers[str(place)].error) is not None:
+                raise InputError(f"text {place} cannot be embedded: {error}")
+        return [answers[str(place)].embedding or [] for place in range(len(texts))]
 
     def score(self, texts: Prompt | Sequence[Prompt], *, progress: bool = True) -> list[ScoreOutput]:
         """Log probability of every token of each text under the model, and the text's perplexity.
@@ -175,12 +201,34 @@ class LLM:
         raise InputError(f"a prompt must be a text or a list of token ids, got {prompt!r:.80}")
 
     def _requests(
-        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams], score: bool = False
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        score: bool = False,
+        embed: Pooling | None = None,
     ) -> Iterator[tuple[Request, str | None]]:
         for index, prompt in enumerate(prompts):
             own = params if isinstance(params, SamplingParams) else params[index]
             text = prompt if isinstance(prompt, str) else None
-            yield Request(str(index), tuple(self._tokens(prompt)), own, score), text
+            yield Request(str(index), tuple(self._tokens(prompt)), own, score, embed), text
+
+    def _speak(self, request: Request, reader: DeltaReader) -> Iterator[str]:
+        engine, self._busy = self.engine, True
+        began, output = time.perf_counter(), None
+        try:
+            engine.add(request)
+            while output is None:
+                output = next(iter(engine.step()), None)
+                (choice,) = engine.peek(request.id) if output is None else output.outputs
+                delta = reader.read(choice)
+                if delta is not None and delta.text:
+                    yield delta.text
+            if output.error is not None:
+                raise output.error
+        finally:
+            engine.abort(request.id)
+            self.run_seconds += time.perf_counter() - began
+            self._busy = False
 
     def _run(self, requests: Iterator[tuple[Request, str | None]], lazy: bool = False) -> Iterator[RequestOutput]:
         """Keep the engine supplied and yield its answers; whatever happens, leave it empty."""
@@ -215,7 +263,8 @@ class LLM:
     def _read_score(self, text: Prompt, output: RequestOutput) -> ScoreOutput:
         if output.error is not None:
             raise InputError(f"text {output.request_id} cannot be scored: {output.error}")
-        tokens, logprobs = output.prompt_token_ids, output.prompt_logprobs or []
+        tokens = output.prompt_token_ids
+        logprobs = [None if each is None else each.logprob for each in output.prompt_logprobs or []]
         known = [value for value in logprobs if value is not None]
         perplexity = math.exp(-sum(known) / len(known)) if known else math.nan
         return ScoreOutput(
@@ -232,22 +281,3 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-
-
-def show_progress(outputs: Iterator[RequestOutput], total: int, wanted: bool) -> Iterator[RequestOutput]:
-    """Pass outputs on; on a terminal, draw a bar once the work has taken two seconds."""
-    console = Console(stderr=True)
-    if not wanted or not console.is_terminal:
-        yield from outputs
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=console, transient=True)
-    task, began = bar.add_task("rows", total=total), time.perf_counter()
-    try:
-        for output in outputs:
-            bar.advance(task)
-            if not bar.live.is_started and time.perf_counter() - began > 2:
-                bar.start()
-            yield output
-    finally:
-        bar.stop()

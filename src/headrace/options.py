@@ -62,7 +62,7 @@ class EngineOptions(Options):
         0.4, "Share of the free memory for the KV cache where kv_cache_bytes is not given.", low=0
     )
     block_size: int = setting(
-        32, "Tokens in a KV block, a multiple of 16; equal prefixes are shared in whole blocks.", low=16
+        32, "Tokens in a KV block: 16, 32, 64 or 128; equal prefixes are shared in whole blocks.", low=16
     )
     step_tokens: int = setting(1024, "Most tokens computed in one step; prefill is cut into chunks to fit.", low=1)
     step_seconds: float | None = setting(
@@ -72,10 +72,11 @@ class EngineOptions(Options):
         low=0,
     )
     max_sequences: int = setting(128, "Most sequences that run at once.", low=1)
-    schedule: Literal["planned", "fcfs", "shortest", "random"] = setting(
+    schedule: Literal["planned", "fcfs", "shortest", "random", "interactive"] = setting(
         "planned",
         "Which rows run first: as planned over all that wait, so that shared prefixes are computed once and are short-"
-        "lived; as they come; the shortest; or in an order that knows nothing, to compare. Results are the same.",
+        "lived; as they come; the shortest; in an order that knows nothing, to compare; or (interactive) as those "
+        "want it who wait for an answer. Results are the same.",
     )
     admission: Literal["forecast", "aggressive", "conservative"] = setting(
         "forecast",
@@ -99,7 +100,13 @@ class EngineOptions(Options):
         metavar="SIZE",
         low=0,
     )
-    seed: int = setting(0, "Seed of rows that bring none; a row's randomness depends on its seed and id only.")
+    seed: int = setting(0, "Seed of rows that bring none; then a row's randomness depends on this and its id only.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Attention adds up in spans of 128 tokens: with these sizes a row's bits do not depend on the size.
+        if self.block_size not in (16, 32, 64, 128):
+            raise InputError(f"block_size must be 16, 32, 64 or 128, got {self.block_size!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +156,47 @@ class RunOptions(Options):
     fresh: bool = setting(False, "Forget an earlier run on the same output and start anew.")
     quiet: bool = setting(False, "Print nothing but errors.")
     json: bool = setting(False, "Print progress and the report as JSON lines.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(Options):
+    """How `headrace serve` answers: where, whom, how much at once."""
+
+    host: str = setting("127.0.0.1", "Address to listen on. Other machines reach 0.0.0.0; then give an api_key_file.")
+    port: int = setting(8000, "Port to listen on; 0 takes a free one and says which.", low=0)
+    also: tuple[str, ...] = setting((), "A further model, loaded when first asked for; may be given several times.")
+    idle_seconds: float = setting(600.0, "Free a further model after so long without a request.", low=0)
+    api_key_file: str | None = setting(
+        None, "Keys that may use the server, hashed; `headrace key` makes them. Without it anyone may.", metavar="FILE"
+    )
+    share_prefixes: bool = setting(False, "Let requests of different keys use each other's cached prefixes.")
+    itl_target: float = setting(
+        0.2, "Seconds between two tokens of an answer that prefill beside it may make of them, at most.", low=0.001
+    )
+    short_prefill: int = setting(256, "Prompts with no more tokens to compute do not wait for longer ones.", low=0)
+    program_seconds: float = setting(
+        2.0,
+        "Keep the KV of a conversation so long for its next turn, if the client names it by prompt_cache_key.",
+        low=0,
+    )
+    max_queue: int = setting(256, "Requests that may wait; more are told to come back later (429).", low=0)
+    request_timeout: float = setting(600.0, "Most seconds for one request, from its arrival to its last token.", low=1)
+    deadline: float | None = setting(
+        None, "Most seconds to a request's first token; one that cannot have it is refused (503).", low=0.01
+    )
+    max_body: int = setting(
+        16 * 2**20, "Largest request body; files for batches may have 200 MB.", metavar="SIZE", low=1
+    )
+    body_timeout: float = setting(30.0, "Most seconds for a request's body to arrive.", low=0.1)
+    origin: tuple[str, ...] = setting((), "A web page's origin that may call the server; may be given several times.")
+    unknown_fields: Literal["error", "warn", "ignore"] = setting(
+        "error", "What a request field that Headrace does not know does to its request."
+    )
+    data: str | None = setting(
+        None, "Folder for files and batches; one of the user's own if not given.", metavar="FOLDER"
+    )
+    log_json: bool = setting(False, "Log in JSON lines.")
+    otel_endpoint: str | None = setting(
+        None, "Send a trace of each request to this OTLP collector (needs the extra `otel`).", metavar="URL"
+    )
+    log_content: bool = setting(False, "Log what requests and answers say, too.")

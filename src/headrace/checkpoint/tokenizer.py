@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import tokenizers
@@ -10,6 +11,11 @@ import tokenizers
 from headrace.checkpoint.chat import ChatTemplate
 from headrace.checkpoint.stream import TextStream, choose_decoder
 from headrace.core import RowError
+
+# Texts so long take a while, in which other threads must run.
+LONG_TEXT = 2**16
+# Characters that a normalizer may make one of, at most.
+SHRINKING = 4
 
 
 class Tokenizer:
@@ -38,7 +44,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds what the model wants around a text, such as the begin token."""
-        return self.backend.encode(text, add_special_tokens=special).ids
+        if len(text) <= LONG_TEXT:
+            return self.backend.encode(text, add_special_tokens=special).ids
+        # The library lets go of Python's lock for batches only.
+        return self.backend.encode_batch([text], add_special_tokens=special)[0].ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Token ids of several texts.
@@ -46,6 +55,16 @@ class Tokenizer:
         One after another: the library's own parallel batches start threads, and then warn at every later fork.
         """
         return [self.encode(text, special) for text in texts]
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.backend.get_vocab()), default=1)
+
+    def refuse_longer(self, text: str, tokens: int) -> None:
+        """Raise RowError("context_length") for a text that cannot have so few tokens, without counting them."""
+        if len(text) > SHRINKING * self._longest * tokens:
+            message = f"the text has {len(text):,} characters, more than {tokens:,} tokens can hold"
+            raise RowError("context_length", message)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids outside the vocabulary give nothing."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headrace.cli.settings import all_settings, parse_value
+from headrace.cli.settings import GROUPS, RUN, all_settings, parse_value
 from headrace.core import InputError
 from headrace.options import EngineOptions, RunOptions, SamplingOptions
 
@@ -24,8 +24,8 @@ class Settings(NamedTuple):
     run: RunOptions
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file: one flat table of names as in Python (`max_tokens = 64`).
+def read_config(path: Path, groups: Sequence[str] = RUN) -> dict[str, Any]:
+    """The settings of some groups in a TOML file: one flat table of names as in Python (`max_tokens = 64`).
 
     Raises InputError for a file that cannot be read, text that is not TOML, an unknown name or a wrong value.
     """
@@ -35,27 +35,35 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot read the settings: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML: {error}") from None
-    settings = {setting.name: setting for setting in all_settings()}
+    settings = {setting.name: setting for setting in all_settings(groups)}
     for name in entries:
         if name not in settings:
             near = difflib.get_close_matches(name.replace("-", "_"), settings, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "`headrace run --help` lists the settings"
+            hint = f"did you mean {near[0]!r}?" if near else "--help lists the settings"
             raise InputError(f"{path}: unknown setting {name!r}; {hint}")
     return {name: parse_value(settings[name], value, f"{path}: {name}") for name, value in entries.items()}
 
 
 def resolve(flags: Mapping[str, object], config: Path | None = None) -> Settings:
     """The settings of a run from the flags given (name to raw value) and a TOML file. Raises InputError."""
-    values = read_config(config) if config else {}
-    for setting in all_settings():
+    return Settings(*fill(RUN, flags, config))
+
+
+def fill(
+    groups: Sequence[str],
+    flags: Mapping[str, object],
+    config: Path | None,
+    defaults: Mapping[str, object] | None = None,
+) -> list[Any]:
+    """The option records of some groups. `defaults` are a command's own, before the options'. Raises InputError."""
+    values = dict(defaults or {}) | (read_config(config, groups) if config else {})
+    for setting in all_settings(groups):
         if setting.name in flags:
             values[setting.name] = parse_value(setting, flags[setting.name], setting.flag)
-
-    def pick(group: str) -> dict[str, Any]:
-        names = (setting.name for setting in all_settings() if setting.group == group)
-        return {name: values[name] for name in names if name in values}
-
-    return Settings(EngineOptions(**pick("Model")), SamplingOptions(**pick("Sampling")), RunOptions(**pick("Run")))
+    return [
+        GROUPS[group](**{each.name: values[each.name] for each in all_settings((group,)) if each.name in values})
+        for group in groups
+    ]
 
 
 def default_output(source: str) -> str:

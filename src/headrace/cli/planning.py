@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from headrace.cli.config import default_output, resolve
+from headrace.cli.config import resolve
 from headrace.cli.flags import AsJson, Model, Precision, make_flag
 from headrace.core import InputError
 from headrace.options import DEFAULT_MODEL, EngineOptions
@@ -47,9 +47,8 @@ def plan(
     from headrace.job.planning import plan_job
     from headrace.plan.words import format_comparison, format_forecast
 
-    if input == "-":
-        raise InputError("a plan reads its rows from a file: name one instead of -")
-    ask = read_ask(input, output or default_output(input), *settings)
+    # Nothing is written: the output's name only tells its form.
+    ask = read_ask(input, output or f"{Path(input).stem}.out.jsonl", *settings)
     if html is not None:
         from headrace.plan.page import draw_forecast
 

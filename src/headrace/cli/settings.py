@@ -10,15 +10,23 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from headrace.core import InputError
-from headrace.options import EngineOptions, RunOptions, SamplingOptions
+from headrace.options import EngineOptions, RunOptions, SamplingOptions, ServeOptions
 
 Kind = Literal["text", "whole", "number", "flag", "choice", "size", "list"]
 
-GROUPS: dict[str, type] = {"Model": EngineOptions, "Sampling": SamplingOptions, "Run": RunOptions}
+GROUPS: dict[str, type] = {
+    "Model": EngineOptions,
+    "Sampling": SamplingOptions,
+    "Run": RunOptions,
+    "Serve": ServeOptions,
+}
+# What a command takes.
+RUN, SERVE = ("Model", "Sampling", "Run"), ("Model", "Sampling", "Serve")
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -61,9 +69,9 @@ def describe(options: type, group: str = "") -> tuple[Setting, ...]:
     return tuple(settings)
 
 
-def all_settings() -> tuple[Setting, ...]:
-    """Every setting of `headrace run`, group after group. Names are unique over all groups."""
-    return tuple(setting for group, options in GROUPS.items() for setting in describe(options, group))
+def all_settings(groups: Sequence[str] = RUN) -> tuple[Setting, ...]:
+    """Every setting of some groups, group after group. Names are unique within a command's groups."""
+    return tuple(setting for group in groups for setting in describe(GROUPS[group], group))
 
 
 def read_type(hint: Any, metavar: str | None) -> tuple[Kind, tuple[str, ...]]:

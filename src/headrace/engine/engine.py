@@ -12,16 +12,17 @@ from headrace.cache.paged import PagedCache
 from headrace.checkpoint import Tokenizer
 from headrace.core import Chunk, Request, RowError, Sequence, StepPlan
 from headrace.engine.batch import build_batch
-from headrace.engine.choosing import LOGIT_ROWS, choose_tokens, take
+from headrace.engine.choosing import choose_tokens, take
 from headrace.engine.generation import Generation
-from headrace.engine.outputs import RequestOutput
+from headrace.engine.outputs import CompletionOutput, RequestOutput
+from headrace.engine.reading import normalise, pool_prompts, score_prompts
 from headrace.engine.sampling import Choice
 from headrace.engine.structure import ConstraintCompiler
 from headrace.meter.counters import Counters
 from headrace.meter.meter import Meter
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model
-from headrace.schedule.apply import abort, advance, apply, arrange, finish
+from headrace.schedule.apply import abort, advance, apply, arrange, expire, finish
 from headrace.schedule.base import Schedule
 from headrace.schedule.pieces import describe_pieces, wanted_rows
 from headrace.schedule.state import SchedulerState
@@ -42,7 +43,6 @@ class Engine:
         meter: Meter | None = None,
     ) -> None:
         self.model = model
-        self.tokenizer = tokenizer
         self.cache = cache
         self.state = state
         self.schedule = schedule
@@ -51,10 +51,16 @@ class Engine:
         self.counters = Counters(
             kv_bytes_per_token=cache.bytes_per_token, kv_budget_bytes=cache.num_blocks * cache.block_bytes
         )
-        self._compiler = ConstraintCompiler(tokenizer, model.config.vocab_size)
+        self.compiler = ConstraintCompiler(tokenizer, model.config.vocab_size)
+        # How long the KV of a program stays for its next turn.
+        self.keep_seconds = 0.0
         self._generations: dict[int, Generation] = {}
         self._requests: dict[str, list[Generation]] = {}
         self._numbers = 0
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.compiler.tokenizer
 
     @property
     def unfinished(self) -> int:
@@ -78,7 +84,7 @@ class Engine:
         generations = []
         for index in range(request.params.n):
             constraint = request.params.constraint
-            matcher = self._compiler.open_matcher(constraint) if constraint else None
+            matcher = self.compiler.open_matcher(constraint) if constraint else None
             sequence = Sequence(request, index, self._numbers + index, list(request.prompt_token_ids))
             generations.append(Generation(sequence, self.tokenizer, self.seed, matcher))
         self._numbers += len(generations)
@@ -92,6 +98,7 @@ class Engine:
         """Compute one batch of tokens; the requests that it finished."""
         began = time.perf_counter()
         with self.meter.watch.part("scheduling"):
+            expire(self.state, time.monotonic())
             arrange(self.schedule, self.state)
             plan = plan_step(self.state, self.state.limits)
             if not plan.chunks:
@@ -109,6 +116,14 @@ class Engine:
         self.meter.count(pieces, began)
         return outputs
 
+    def peek(self, request_id: str) -> list[CompletionOutput]:
+        """What a request that waits or runs has said so far: to be read before the next step, not to be changed."""
+        return [generation.output for generation in self._requests[request_id]]
+
+    def has_begun(self, request_id: str) -> bool:
+        """Whether some token of a request that waits or runs has been computed, or found in the cache."""
+        return any(generation.reached is not None for generation in self._requests[request_id])
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """Take a request out, whatever state it is in; what it had said so far, or None if it is not here."""
         generations = self._requests.get(request_id)
@@ -122,12 +137,14 @@ class Engine:
             raise RowError("empty_prompt", "the prompt has no tokens")
         if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= vocabulary:
             raise RowError("token_range", f"prompt token ids must be from 0 to {vocabulary - 1}")
-        outside = [token for token in request.params.logit_bias if not 0 <= token < vocabulary]
-        if outside:
-            raise RowError("token_range", f"logit_bias names token {outside[0]}; token ids are 0 to {vocabulary - 1}")
-        if length + (not request.score) > self.context_length:
+        params = request.params
+        for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            outside = [token for token in tokens if not 0 <= token < vocabulary]
+            if outside:
+                raise RowError("token_range", f"{name} names token {outside[0]}; token ids are 0 to {vocabulary - 1}")
+        if length + request.generates > self.context_length:
             raise RowError("context_length", f"the prompt has {length} tokens; the context holds {self.context_length}")
-        most = min(length + (0 if request.score else request.params.max_tokens), self.context_length)
+        most = min(length + (request.params.max_tokens if request.generates else 0), self.context_length)
         needed, present = self.state.ledger.blocks_for(most), self.state.ledger.num_blocks
         if needed > present:
             raise RowError(
@@ -158,28 +175,23 @@ class Engine:
         rows = [
             (sequence, chunk.start + offset) for chunk, sequence in scheduled for offset in wanted_rows(chunk, sequence)
         ]
-        scored = [row for row, (sequence, _) in enumerate(rows) if sequence.request.score]
-        chosen = [row for row, (sequence, _) in enumerate(rows) if not sequence.request.score]
-        self._score([rows[row] for row in scored], take(hidden, scored))
+        self._read(rows, hidden)
+        chosen = [row for row, (sequence, _) in enumerate(rows) if sequence.request.generates]
         generations = [self._generations[rows[row][0].number] for row in chosen]
         choices = choose_tokens(self.model, take(hidden, chosen), generations, self.tokenizer.eos_token_ids)
         finished = [each for each, choice in zip(generations, choices, strict=True) if self._append(each, choice)]
         for _, sequence in scheduled:
-            if sequence.request.score and sequence.computed == len(sequence.tokens):
+            if not sequence.request.generates and sequence.computed == len(sequence.tokens):
                 finished.append(self._generations[sequence.number])
         outputs = [self._retire(generation) for generation in finished]
         return [output for output in outputs if output is not None]
 
-    def _score(self, rows: Rows[tuple[Sequence, int]], hidden: Tensor) -> None:
-        """Record the log probability of the token after each scored position, from its hidden state [R, H]."""
-        for start in range(0, len(rows), LOGIT_ROWS):
-            part = rows[start : start + LOGIT_ROWS]
-            logprobs = self.model.logits(hidden[start : start + LOGIT_ROWS]).log_softmax(-1)
-            for values, (sequence, position) in zip(logprobs, part, strict=True):
-                # A preempted sequence computes positions again; they are recorded once.
-                known = self._generations[sequence.number].prompt_logprobs
-                if len(known) == position + 1:
-                    known.append(float(values[sequence.tokens[position + 1]]))
+    def _read(self, rows: Rows[tuple[Sequence, int]], hidden: Tensor) -> None:
+        """Read what requests that generate nothing want of their prompts."""
+        scored = [row for row, (sequence, _) in enumerate(rows) if sequence.request.score]
+        score_prompts(self.model, [rows[row] for row in scored], take(hidden, scored), self._generations)
+        pooled = [row for row, (sequence, _) in enumerate(rows) if sequence.request.embed is not None]
+        pool_prompts([rows[row] for row in pooled], take(hidden, pooled), self._generations)
 
     def _append(self, generation: Generation, choice: Choice | RowError) -> bool:
         """Give a generation its next token; True when it is complete, or has failed and says why in `.error`."""
@@ -197,7 +209,7 @@ class Engine:
         sequence = generation.sequence
         if sequence.number not in self._generations:
             return None
-        finish(sequence, self.state)
+        finish(sequence, self.state, time.monotonic() + self.keep_seconds if self.keep_seconds else None)
         del self._generations[sequence.number]
         generations = self._requests[sequence.request.id]
         if generation.error is None and any(each.sequence.number in self._generations for each in generations):
@@ -212,11 +224,14 @@ class Engine:
                 generation.abort()
                 abort(generation.sequence, self.state)
         del self._requests[request.id]
+        first = generations[0]
         return RequestOutput(
             request_id=request.id,
             prompt=None,
             prompt_token_ids=list(request.prompt_token_ids),
-            outputs=[] if request.score else [generation.output for generation in generations],
-            prompt_logprobs=generations[0].prompt_logprobs if request.score else None,
+            outputs=[generation.output for generation in generations] if request.generates else [],
+            prompt_logprobs=first.reading.logprobs if request.score else None,
+            embedding=None if first.reading.vector is None else normalise(first.reading.vector),
+            cached_tokens=first.sequence.cached_tokens,
             error=next((generation.error for generation in generations if generation.error), None),
         )

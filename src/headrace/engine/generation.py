@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from hashlib import blake2b
+
+from torch import Tensor
 
 from headrace.checkpoint import Tokenizer
 from headrace.core import RowError, Sequence
@@ -11,12 +14,22 @@ from headrace.engine.outputs import CompletionOutput, FinishReason, TokenLogprob
 from headrace.engine.structure import Matcher
 
 
+@dataclass(slots=True)
+class Reading:
+    """What has been read of a prompt: log probabilities of its tokens, or `vector`, in which the first `pooled` are."""
+
+    logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    vector: Tensor | None = None
+    pooled: int = 0
+
+
 class Generation:
     """Owns what a sequence has said; the sequence itself only knows token ids.
 
     `reached` is how many leading tokens ever had their KV in the cache, None before the first admission.
-    Randomness comes from a counter keyed by seed, request id and choice, so that a row draws the same numbers alone,
-    in any batch, after a preemption and after a restart.
+    Randomness comes from a counter keyed by the
+    request's own seed and the choice, else by the engine's seed, the request's id and the choice, so that a row draws
+    the same numbers alone, in any batch, after a preemption and after a restart.
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, seed: int, matcher: Matcher | None) -> None:
@@ -26,11 +39,11 @@ class Generation:
         self.tokenizer = tokenizer
         self.counts: Counter[int] = Counter()
         self.output = CompletionOutput(sequence.index, "", [], None if params.logprobs is None else [])
-        self.prompt_logprobs: list[float | None] = [None]
+        self.reading = Reading()
         self.error: RowError | None = None
         self.reached: int | None = None
-        seed = seed if params.seed is None else params.seed
-        self._key = blake2b(f"{seed}\0{sequence.request.id}\0{sequence.index}".encode(), digest_size=32).digest()
+        name = f"{seed}\0{sequence.request.id}" if params.seed is None else f"{params.seed}\0"
+        self._key = blake2b(f"{name}\0{sequence.index}".encode(), digest_size=32).digest()
         self._stream = tokenizer.open_stream(params.skip_special_tokens) if params.stop else None
         self._longest_stop = max(map(len, params.stop), default=0)
 

@@ -33,11 +33,24 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's answer: its prompt, its outputs by index, and for scoring the prompt's log probabilities."""
+    """A request's answer: its prompt, its outputs by index; for scoring the prompt's log probabilities, of which the
+    first token has none; for embedding a vector of length 1. `cached_tokens` of the prompt were found in the cache."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: list[float | None] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
     error: RowError | None = None
+    embedding: list[float] | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """Log probabilities of a text's tokens (natural logarithm; the first token has none) and exp(-their mean)."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float | None]
+    perplexity: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from functools import cached_property
+from threading import Lock
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -12,18 +13,27 @@ from numpy.typing import NDArray
 
 from headrace.checkpoint import Tokenizer
 from headrace.core import Constraint, RowError
+from headrace.engine.trial import try_grammar
 
-CACHED_GRAMMARS = 256
+# What compiled grammars that may be asked for again may take: they are some hundred times as large as their texts.
+CACHED_GRAMMARS, CACHED_CHARACTERS = 256, 2**20
+MOST_CHARACTERS = 2**18
+# No grammar so short overflows a stack or takes more than seconds.
+HARMLESS_CHARACTERS = 2**11
 
 
 class ConstraintCompiler:
-    """Makes a matcher for each constrained sequence; a grammar is compiled once and copied after that."""
+    """Makes a matcher for each constrained sequence; a grammar is compiled once and copied after that.
+
+    Any thread may call it: a server compiles what a request brings before the request reaches the engine.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self._vocabulary: LLTokenizer | None = None
         self._prototypes: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+        self._lock = Lock()
 
     @property
     def vocabulary(self) -> LLTokenizer:
@@ -37,18 +47,35 @@ class ConstraintCompiler:
 
     def open_matcher(self, constraint: Constraint) -> Matcher:
         """A fresh matcher at the start of its grammar. Raises RowError("constraint") for an impossible constraint."""
-        prototype = self._prototypes.get(constraint)
-        if prototype is None:
-            prototype = self._compile(constraint)
-            if len(self._prototypes) >= CACHED_GRAMMARS:
-                self._prototypes.popitem(last=False)
+        with self._lock:
+            prototype = self._prototypes.get(constraint)
+        # Compiled outside of the lock: a slow grammar must not hold up the requests of others.
+        prototype = prototype or self._compile(constraint)
+        with self._lock:
             self._prototypes[constraint] = prototype
-        self._prototypes.move_to_end(constraint)
+            self._prototypes.move_to_end(constraint)
+            self._forget()
         return Matcher(prototype, self.vocab_size)
 
+    def _forget(self) -> None:
+        """Drop the grammars that were asked for the longest ago until the others keep to the limits."""
+        characters = sum(len(each.value) for each in self._prototypes)
+        while len(self._prototypes) > CACHED_GRAMMARS or characters > CACHED_CHARACTERS:
+            constraint, _ = self._prototypes.popitem(last=False)
+            characters -= len(constraint.value)
+
     def _compile(self, constraint: Constraint) -> LLMatcher:
+        size = len(constraint.value)
+        if size > MOST_CHARACTERS:
+            raise RowError(
+                "constraint",
+                f"the {constraint.kind} constraint has {size:,} characters; {MOST_CHARACTERS:,} are allowed",
+            )
         try:
             grammar = grammar_text(constraint)
+            refusal = try_grammar(grammar) if size > HARMLESS_CHARACTERS else None
+            if refusal is not None:
+                raise RowError("constraint", f"the {constraint.kind} constraint cannot be used: {refusal}")
             error = LLMatcher.validate_grammar(grammar, self.vocabulary)
             matcher = LLMatcher(self.vocabulary, grammar, log_level=0, limits=LLParserLimits())
         except ValueError as cause:

@@ -30,7 +30,7 @@ def make_line(record: Record, model: str, fingerprint: str) -> dict[str, Any]:
         "created": record.created,
         "model": record.model or model,
         "choices": [
-            chat_choice(index, choice) if chat else completion_choice(index, choice, record.prefix)
+            chat_choice(index, choice, name) if chat else completion_choice(index, choice, record.prefix)
             for index, choice in enumerate(answer.choices)
         ],
         "usage": {
@@ -50,16 +50,34 @@ def hash_id(row_id: str) -> str:
     return blake2b(row_id.encode(), digest_size=12).hexdigest()
 
 
-def chat_choice(index: int, choice: Choice) -> dict[str, Any]:
-    logprobs = None
-    if choice.logprobs is not None:
-        logprobs = {"content": [chat_token(token) for token in choice.logprobs], "refusal": None}
+def chat_choice(index: int, choice: Choice, name: str) -> dict[str, Any]:
+    """`name` is the answer's, of which the ids of its calls are made."""
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [
+            {
+                "id": call_id(name, index, place),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for place, call in enumerate(choice.calls)
+        ]
     return {
         "index": index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": logprobs,
-        "finish_reason": choice.finish_reason,
+        "message": message,
+        "logprobs": chat_logprobs(choice.logprobs),
+        "finish_reason": "tool_calls" if choice.calls and choice.finish_reason == "stop" else choice.finish_reason,
     }
+
+
+def call_id(name: str, index: int, place: int) -> str:
+    """The id of a call: the one at this place of this choice of an answer."""
+    return f"call_{hash_id(f'{name}/{index}/{place}')}"
+
+
+def chat_logprobs(logprobs: list[Token] | None) -> dict[str, Any] | None:
+    return None if logprobs is None else {"content": [chat_token(token) for token in logprobs], "refusal": None}
 
 
 def chat_token(token: Token) -> dict[str, Any]:
@@ -73,16 +91,19 @@ def read_text(data: bytes) -> str:
 
 
 def completion_choice(index: int, choice: Choice, prefix: str) -> dict[str, Any]:
-    logprobs = None
-    if choice.logprobs is not None:
-        ends = accumulate((len(read_text(token.data)) for token in choice.logprobs), initial=len(prefix))
-        logprobs = {
-            "tokens": [read_text(token.data) for token in choice.logprobs],
-            "token_logprobs": [token.logprob for token in choice.logprobs],
-            "top_logprobs": [{read_text(data): value for data, value in token.top} for token in choice.logprobs],
-            "text_offset": list(ends)[:-1],
-        }
+    logprobs = None if choice.logprobs is None else completion_logprobs(choice.logprobs, len(prefix))
     return {"index": index, "text": prefix + choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def completion_logprobs(tokens: list[Token], start: int) -> dict[str, Any]:
+    """OpenAI's older form; `start` is where the first token's text stands in the answer's."""
+    ends = accumulate((len(read_text(token.data)) for token in tokens), initial=start)
+    return {
+        "tokens": [read_text(token.data) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{read_text(data): value for data, value in token.top} for token in tokens],
+        "text_offset": list(ends)[:-1],
+    }
 
 
 def describe_logprobs(choices: list[Choice]) -> str | None:

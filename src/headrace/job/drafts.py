@@ -11,6 +11,7 @@ from typing import Protocol
 from headrace.checkpoint import Tokenizer
 from headrace.core import InputError, Request, RowError, SamplingParams
 from headrace.job.sources import Row
+from headrace.job.tool_formats import ToolFormat
 from headrace.options import SamplingOptions
 
 
@@ -19,7 +20,8 @@ class Draft:
     """A row that is understood but not yet tokens.
 
     `special` lets the tokenizer add its own special tokens. `own_max_tokens` says that the row itself named
-    max_tokens: then it must fit the context, while the run's default is lowered to fit.
+    max_tokens: then it must fit the context, while the run's default is lowered to fit. `format` is how its answer may
+    call tools, None where it has none.
     """
 
     row: int
@@ -33,6 +35,7 @@ class Draft:
     model: str | None = None
     warnings: tuple[str, ...] = ()
     echo: bool = False
+    format: ToolFormat | None = None
 
 
 class Drafter(Protocol):

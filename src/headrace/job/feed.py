@@ -1,7 +1,7 @@
-"""Keep the engine supplied: read rows, make requests, share answers between equal rows, turn answers into records.
+"""Keep an engine supplied: read rows, make requests, share answers between equal rows, turn answers into records.
 
-Memory stays flat however long the input is: a call reads a bounded number of rows, and reading
-pauses while enough wait.
+Knows the engine only as an inlet. Memory stays flat however long the input is: a call reads a bounded number of rows,
+and reading pauses while enough wait.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from itertools import islice
 
 from headrace.checkpoint import Tokenizer
 from headrace.core import Request, RowError
-from headrace.engine.engine import Engine
 from headrace.engine.outputs import RequestOutput
 from headrace.job.drafts import Draft, Drafter, encode_drafts, make_request, share_key
+from headrace.job.inlet import Inlet
 from headrace.job.journal import Finished, Journal
 from headrace.job.records import Answer, Record, failed, make_answer, now
 from headrace.job.sources import Row
-from headrace.schedule.window import Window
 
 ROWS_A_CALL = 256
 MOST_PENDING = 32_768
@@ -27,7 +26,7 @@ MOST_PENDING = 32_768
 
 @dataclass(slots=True)
 class Flow:
-    """What has passed through a feed: rows read, prompt tokens brought to the engine, output tokens it gave back.
+    """What has passed through a feed: rows read, prompt tokens brought to the inlet, output tokens that came back.
 
     `shared` rows were answered from an equal one. Prompts count once a continuation, as the engine counts them. `held`
     rows and their prompt tokens are on their way.
@@ -51,18 +50,17 @@ class Pending:
 
 
 class Feed:
-    """Rows on their way through the engine. Rows that need no engine come back from `top_up` at once."""
+    """Rows on their way through an engine. Rows that need none come back from `top_up` at once."""
 
     def __init__(
-        self, rows: Iterator[Row], drafter: Drafter, engine: Engine, tokenizer: Tokenizer, journal: Journal
+        self, rows: Iterator[Row], drafter: Drafter, inlet: Inlet, tokenizer: Tokenizer, journal: Journal
     ) -> None:
         self.drafter = drafter
-        self.engine = engine
+        self.inlet = inlet
         self.tokenizer = tokenizer
         self.journal = journal
         self.exhausted = False
         self.flow = Flow()
-        self.window = Window(engine.state, engine.schedule)
         self._rows = rows
         self._pending: dict[str, Pending] = {}
         self._by_key: dict[bytes, Pending] = {}
@@ -72,23 +70,21 @@ class Feed:
     def complete(self) -> bool:
         return self.exhausted and not self._pending
 
-    @property
-    def wanting(self) -> bool:
-        """Whether more rows should be read before the engine's next step."""
-        return not self.exhausted and self.flow.held_rows < MOST_PENDING and self.window.wants(self.flow.held_tokens)
+    def wants_rows(self) -> bool:
+        """Whether to call `top_up` now; else rows are on their way, or all are finished. To be asked once a turn."""
+        return not self.exhausted and self.flow.held_rows < MOST_PENDING and self.inlet.wants(self.flow.held_tokens)
 
-    def top_up(self) -> list[Finished]:
-        """Read some rows, if any are wanted; those that were finished on the way."""
+    def top_up(self, most: int = ROWS_A_CALL) -> list[Finished]:
+        """Read some rows, at most so many; those that were finished on the way."""
         finished: list[Finished] = []
-        if self.wanting:
-            rows = list(islice(self._rows, ROWS_A_CALL))
-            if rows:
-                done = self.journal.finished_between(rows[0].index, rows[-1].index)
-                new = [row for row in rows if row.index not in done]
-                self.flow.rows += len(new)
-                self._take(new, finished)
-            else:
-                self.exhausted = True
+        rows = list(islice(self._rows, most))
+        if rows:
+            done = self.journal.finished_between(rows[0].index, rows[-1].index)
+            new = [row for row in rows if row.index not in done]
+            self.flow.rows += len(new)
+            self._take(new, finished)
+        else:
+            self.exhausted = True
         return finished
 
     def collect(self, outputs: list[RequestOutput]) -> list[Finished]:
@@ -101,8 +97,8 @@ class Feed:
             self.flow.held_tokens -= len(pending.request.prompt_token_ids) * len(pending.rows)
             self.flow.held_rows -= len(pending.rows)
             self.flow.shared += len(pending.rows) - 1
-            with self.engine.meter.watch.part("tokenization"):
-                answer = make_answer(output, self._decode)
+            with self.inlet.watch.part("tokenization"):
+                answer = make_answer(output, self._decode, pending.rows[0][0].format)
             self.flow.output_tokens += answer.output_tokens
             for draft, shortened in pending.rows:
                 finished.append(self._finish(draft, answer, shortened, pending.key))
@@ -117,7 +113,7 @@ class Feed:
                 drafts.append(self.drafter.draft(row, name))
             except RowError as error:
                 finished.append(Finished(row.index, Record(name or guess_id(row), row.line, failed(error), now())))
-        with self.engine.meter.watch.part("tokenization"):
+        with self.inlet.watch.part("tokenization"):
             encoded = encode_drafts(drafts, self.tokenizer)
         for draft, tokens in zip(drafts, encoded, strict=True):
             try:
@@ -138,10 +134,12 @@ class Feed:
 
     def _admit(self, draft: Draft, tokens: tuple[int, ...], finished: list[Finished]) -> None:
         """Into the engine, or to an equal row that is in it, or straight to the answer of one that is finished."""
-        request = make_request(draft, tokens, self.engine.context_length)
+        request = make_request(draft, tokens, self.inlet.context_length)
         shortened = request.params.max_tokens < draft.params.max_tokens
         key = share_key(request)
         if key is not None:
+            # An answer that may call tools is read in another way.
+            key += b"" if draft.format is None else b" with tools"
             twin = self._by_key.get(key)
             if twin is not None:
                 twin.rows.append((draft, shortened))
@@ -152,7 +150,7 @@ class Feed:
                 self.flow.shared += 1
                 finished.append(self._finish(draft, known, shortened, None))
                 return
-        self.engine.add(request)
+        self.inlet.add(request)
         self.flow.prompt_tokens += len(tokens) * request.params.n
         pending = self._pending[request.id] = Pending(request, draft, shortened, key)
         if key is not None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from headrace.core import Constraint, RowError
 
+# One more than the largest id that any vocabulary can have.
+MOST_TOKENS = 2**31
 STRUCTURES = {"json": "json", "regex": "regex", "choice": "choice", "grammar": "grammar", "json_object": "json"}
 
 
@@ -91,7 +93,7 @@ class Fields:
         value = self.take(name)
         if value is None:
             return None
-        if not isinstance(value, list) or not all(type(each) is int and each >= 0 for each in value):
+        if not isinstance(value, list) or not all(type(each) is int and 0 <= each < MOST_TOKENS for each in value):
             raise self._wrong(name, "a list of token ids", value)
         return tuple(value)
 
@@ -133,14 +135,14 @@ def read_kind(fields: Fields, name: str, kind: str) -> Constraint | None:
 
 
 def read_schema(value: Any, path: str) -> str:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise RowError("invalid_schema", f"{path} is not JSON") from None
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(value, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        raise RowError("invalid_schema", f"{path} is not JSON, or nested too deeply") from None
     if not isinstance(value, dict | bool):
         raise RowError("invalid_schema", f"{path} must be a JSON schema, an object")
-    return json.dumps(value, ensure_ascii=False)
+    return text
 
 
 def read_response_format(fields: Fields) -> Constraint | None:

@@ -6,21 +6,28 @@ A field that is null counts as absent, as in OpenAI's API.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from headrace.checkpoint import Tokenizer
-from headrace.core import RowError, SamplingParams
+from headrace.core import Constraint, RowError, SamplingParams
 from headrace.job.drafts import Draft
-from headrace.job.fields import Fields, read_structure
+from headrace.job.fields import MOST_TOKENS, Fields, read_structure
 from headrace.job.sources import Row
 from headrace.job.table import render_chat
+from headrace.job.tool_formats import choose_format
+from headrace.job.tools import Tools, read_message_tools, read_tools
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LINE_FIELDS = ("custom_id", "method", "url", "body")
-MOST_TOKENS = 2**31
+# Every step looks at all of them, for each of up to 128 answers.
+MOST_BIASES, MOST_STOP_TOKENS = 4096, 1024
+# What the chat template gets from elsewhere in the body, and its own words.
+RESERVED = {"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenizer", "self"}
 ROLES = {"developer": "system"}
+DIGITS = re.compile(r"[0-9]{1,10}")
 Unknown = Literal["error", "warn", "ignore"]
 
 # They cannot change what is answered, so taking them as read drops nothing.
@@ -53,12 +60,10 @@ SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 
 
 class BatchDrafter:
-    """Understands /v1/chat/completions and /v1/completions; `defaults` fill what a body does not say."""
+    """Understands the rows of an OpenAI Batch file."""
 
     def __init__(self, tokenizer: Tokenizer, defaults: SamplingParams, unknown: Unknown) -> None:
-        self.tokenizer = tokenizer
-        self.defaults = defaults
-        self.unknown = unknown
+        self.reader = BodyReader(tokenizer, defaults, unknown)
         self.named = True
 
     def name(self, row: Row) -> str:
@@ -81,12 +86,36 @@ class BatchDrafter:
             raise RowError("unknown_url", f"url must be {CHAT} or {COMPLETIONS}, got {record['url']!r:.80}")
         if not isinstance(record["body"], dict):
             raise RowError("invalid_value", "body must be an object")
-        fields = Fields(record["body"], "body.")
-        model = fields.text("model")
-        read = self._chat if record["url"] == CHAT else self._completion
-        draft = read(fields, Draft(row.index, row.line, row_id, "", self.defaults, url=record["url"], model=model))
-        unknown = fields.left() + [name for name in record if name not in LINE_FIELDS]
-        return replace(draft, warnings=self._judge(unknown))
+        draft = self.reader.read(
+            record["url"], record["body"], row_id, tuple(name for name in record if name not in LINE_FIELDS)
+        )
+        if draft.echo and draft.params.logprobs is not None:
+            raise RowError("invalid_value", "body.echo together with logprobs is not supported in a batch")
+        return replace(draft, row=row.index, line=row.line)
+
+
+class BodyReader:
+    """Understands the bodies of /v1/chat/completions and /v1/completions; `defaults` fill what a body does not say.
+
+    `prefix` stands before the names of fields in what is said of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, defaults: SamplingParams, unknown: Unknown, prefix: str = "body.") -> None:
+        self.tokenizer = tokenizer
+        self.defaults = defaults
+        self.unknown = unknown
+        self.prefix = prefix
+        self.format = choose_format(tokenizer.chat_template, tokenizer.backend.token_to_id)
+
+    def read(self, url: str, body: Mapping[str, Any], name: str, unknown: tuple[str, ...] = ()) -> Draft:
+        """The draft called `name`. `unknown` are fields around the body that nobody knows.
+
+        Raises RowError, naming the field, for a body that cannot be answered.
+        """
+        fields = Fields(body, self.prefix)
+        draft = Draft(0, 0, name, "", self.defaults, url=url, model=fields.text("model"))
+        draft = self._chat(fields, draft) if url == CHAT else self._completion(fields, draft)
+        return replace(draft, warnings=self._judge([*fields.left(), *unknown]))
 
     def _judge(self, unknown: list[str]) -> tuple[str, ...]:
         if unknown and self.unknown == "error":
@@ -96,31 +125,46 @@ class BatchDrafter:
         return tuple(f"{name}: not supported, ignored" for name in unknown) if self.unknown == "warn" else ()
 
     def _chat(self, fields: Fields, draft: Draft) -> Draft:
-        messages = read_messages(fields)
+        messages, tools = read_messages(fields), read_tools(fields)
         wanted = fields.switch("logprobs")
         top = fields.whole("top_logprobs", 0, 20)
         if top is not None and not wanted:
-            raise RowError("invalid_value", "body.top_logprobs needs body.logprobs to be true")
+            raise RowError("invalid_value", f"{fields.prefix}top_logprobs needs {fields.prefix}logprobs to be true")
         params, own = self._params(fields, (top or 0) if wanted else None)
         settings = fields.mapping("chat_template_kwargs") or {}
+        if RESERVED & settings.keys():
+            wrong = ", ".join(sorted(RESERVED & settings.keys()))
+            raise RowError("invalid_value", f"{fields.prefix}chat_template_kwargs must not hold {wrong}")
         unfinished = fields.switch("continue_final_message") or False
         generation = fields.switch("add_generation_prompt")
         generation = not unfinished if generation is None else generation
         if unfinished and generation:
-            raise RowError("invalid_value", "body.continue_final_message excludes add_generation_prompt")
+            raise RowError("invalid_value", f"{fields.prefix}continue_final_message excludes add_generation_prompt")
         fields.ignore("echo", (False,))
-        text = render_chat(self.tokenizer, messages, **{**settings, "add_generation_prompt": generation})
+        messages, shown = self.format.prepare(messages, tools)
+        settings |= {"add_generation_prompt": generation} | ({"tools": shown} if shown else {})
+        text = render_chat(self.tokenizer, messages, **settings)
         if unfinished:
             text = cut_after_last(text, messages)
         special = fields.switch("add_special_tokens") or False
-        return replace(draft, prompt=text, params=params, special=special, own_max_tokens=own)
+        draft = replace(draft, prompt=text, params=params, special=special, own_max_tokens=own)
+        return draft if tools is None or not tools.shown else self._equip(draft, tools)
+
+    def _equip(self, draft: Draft, tools: Tools) -> Draft:
+        """A draft whose answer may call tools. The marks of calls may be special tokens, which its text must keep."""
+        params = replace(draft.params, skip_special_tokens=False)
+        if tools.forced:
+            if params.constraint is not None:
+                raise RowError(
+                    "invalid_value", f"{self.prefix}tool_choice asks for a call, and another field for a form"
+                )
+            params = replace(params, constraint=Constraint("grammar", self.format.grammar(tools)))
+        return replace(draft, params=params, format=self.format)
 
     def _completion(self, fields: Fields, draft: Draft) -> Draft:
-        prompt = read_prompt(fields.take("prompt"))
+        prompt = read_prompt(fields.take("prompt"), f"{fields.prefix}prompt")
         params, own = self._params(fields, fields.whole("logprobs", 0, 20))
         echo = fields.switch("echo") or False
-        if echo and params.logprobs is not None:
-            raise RowError("invalid_value", "body.echo together with logprobs is not supported")
         special = fields.switch("add_special_tokens")
         special = True if special is None else special
         return replace(draft, prompt=prompt, params=params, own_max_tokens=own, echo=echo, special=special)
@@ -131,11 +175,11 @@ class BatchDrafter:
         given |= {name: fields.switch(name) for name in SWITCHES}
         given["seed"] = fields.whole("seed")
         given["stop"] = fields.texts("stop")
-        given["stop_token_ids"] = fields.token_ids("stop_token_ids")
-        given["logit_bias"] = read_bias(fields.mapping("logit_bias"))
+        given["stop_token_ids"] = read_stop_tokens(fields)
+        given["logit_bias"] = read_bias(fields.mapping("logit_bias"), f"{fields.prefix}logit_bias")
         newer, older = fields.whole("max_completion_tokens"), fields.whole("max_tokens")
         if newer is not None and older is not None and newer != older:
-            raise RowError("invalid_value", "body.max_tokens and body.max_completion_tokens differ: give one")
+            raise RowError("invalid_value", f"{fields.prefix}max_tokens and max_completion_tokens differ: give one")
         given["max_tokens"] = newer if newer is not None else older
         given["constraint"] = read_structure(fields)
         given["logprobs"] = logprobs
@@ -143,8 +187,7 @@ class BatchDrafter:
         fields.ignore("best_of", (1, used.get("n", self.defaults.n)))
         for name, harmless in HARMLESS.items():
             fields.ignore(name, harmless)
-        if not fields.has("tools"):
-            fields.ignore("parallel_tool_calls", (True, False))
+        fields.ignore("parallel_tool_calls", (True, False))
         for name in NO_EFFECT:
             fields.take(name)
         if not used:
@@ -152,26 +195,30 @@ class BatchDrafter:
         try:
             return replace(self.defaults, **used), "max_tokens" in used
         except ValueError as error:
-            raise RowError("invalid_value", f"body.{error}") from None
+            raise RowError("invalid_value", f"{fields.prefix}{error}") from None
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
     messages = fields.take("messages")
     if not isinstance(messages, list) or not messages:
-        raise RowError("missing_field", "body.messages must be a list of at least one message")
+        raise RowError("missing_field", f"{fields.prefix}messages must be a list of at least one message")
     read = []
     for place, message in enumerate(messages):
-        path = f"body.messages[{place}]"
+        path = f"{fields.prefix}messages[{place}]"
         if not isinstance(message, dict):
             raise RowError("invalid_value", f"{path} must be an object")
         inner = Fields(message, f"{path}.", parent=fields)
         role = inner.text("role")
         if role is None:
             raise RowError("missing_field", f"{path} has no role")
-        content = read_content(inner.take("content"), path)
+        calls = read_message_tools(inner, role)
+        content = inner.take("content")
+        if content is not None or "tool_calls" not in calls:
+            content = read_content(content, path)
         name = inner.text("name")
-        read.append({"role": ROLES.get(role, role), "content": content} | ({"name": name} if name else {}))
-        inner.ignore("tool_calls", ([],))
+        read.append({"role": ROLES.get(role, role), "content": content} | calls | ({"name": name} if name else {}))
+        for field in ("refusal", "annotations", "audio"):
+            inner.ignore(field, ([], ""))
         inner.report()
     return read
 
@@ -193,32 +240,41 @@ def read_content(content: Any, path: str) -> str:
     return "\n".join(texts)
 
 
-def read_prompt(prompt: Any) -> str | tuple[int, ...]:
+def read_prompt(prompt: Any, path: str) -> str | tuple[int, ...]:
     if prompt is None:
-        raise RowError("missing_field", "body.prompt is missing")
+        raise RowError("missing_field", f"{path} is missing")
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]
     if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
         if not all(0 <= token < MOST_TOKENS for token in prompt):
-            raise RowError("token_range", "body.prompt holds a token id that no model has")
+            raise RowError("token_range", f"{path} holds a token id that no model has")
         return tuple(prompt)
     if isinstance(prompt, list) and prompt and all(isinstance(each, str | list) for each in prompt):
-        raise RowError("several_prompts", f"body.prompt holds {len(prompt)} prompts; give each a row of its own")
+        raise RowError("several_prompts", f"{path} holds {len(prompt)} prompts; give each a row of its own")
     if not isinstance(prompt, str):
-        raise RowError("invalid_value", "body.prompt must be a text or a list of token ids")
+        raise RowError("invalid_value", f"{path} must be a text or a list of token ids")
     if not prompt:
-        raise RowError("empty_prompt", "body.prompt is empty")
+        raise RowError("empty_prompt", f"{path} is empty")
     return prompt
 
 
-def read_bias(biases: Mapping[str, Any] | None) -> dict[int, float] | None:
+def read_stop_tokens(fields: Fields) -> tuple[int, ...] | None:
+    tokens = fields.token_ids("stop_token_ids")
+    if tokens and len(tokens) > MOST_STOP_TOKENS:
+        raise RowError("invalid_value", f"{fields.prefix}stop_token_ids may hold {MOST_STOP_TOKENS}, got {len(tokens)}")
+    return tokens
+
+
+def read_bias(biases: Mapping[str, Any] | None, path: str) -> dict[int, float] | None:
     if biases is None:
         return None
+    if len(biases) > MOST_BIASES:
+        raise RowError("invalid_value", f"{path} may hold {MOST_BIASES} tokens, got {len(biases)}")
     read = {}
     for token, bias in biases.items():
-        if not token.isdecimal() or isinstance(bias, bool) or not isinstance(bias, int | float):
+        if not DIGITS.fullmatch(token) or isinstance(bias, bool) or not isinstance(bias, int | float):
             wrong = f"{token!r:.40}: {bias!r:.40}"
-            raise RowError("invalid_value", f"body.logit_bias must map token ids to numbers, got {wrong}")
+            raise RowError("invalid_value", f"{path} must map token ids to numbers, got {wrong}")
         read[int(token)] = bias
     return read
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntFlag
 
 import msgspec
 
 from headrace.core import RowError
-from headrace.engine.outputs import CompletionOutput, RequestOutput
+from headrace.engine.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from headrace.job.tool_formats import ToolFormat
 
 Decode = Callable[[int], bytes]
 
@@ -22,14 +23,22 @@ class Token(msgspec.Struct, array_like=True, frozen=True):
     top: list[tuple[bytes, float]] = []
 
 
+class Call(msgspec.Struct, array_like=True, frozen=True):
+    """A call of a tool; `arguments` is JSON text as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
 class Choice(msgspec.Struct, array_like=True, frozen=True):
-    """One continuation of a row."""
+    """One continuation of a row. Calls of tools are not in its text."""
 
     text: str
     finish_reason: str
     tokens: int
     stop_reason: str | int | None = None
     logprobs: list[Token] | None = None
+    calls: list[Call] = []
 
 
 class Failure(msgspec.Struct, array_like=True, frozen=True):
@@ -89,22 +98,34 @@ def failed(error: RowError, prompt_tokens: int = 0) -> Answer:
     return Answer(prompt_tokens, [], Failure(error.code, str(error)))
 
 
-def make_answer(output: RequestOutput, decode: Decode) -> Answer:
-    """The engine's answer with token ids turned into text, for the tokenizer is not there when files are written."""
+def make_answer(output: RequestOutput, decode: Decode, form: ToolFormat | None = None) -> Answer:
+    """The engine's answer with token ids turned into text, for the tokenizer is not there when files are written.
+
+    `form` is how the answer may call tools.
+    """
     if output.error is not None:
         return failed(output.error, len(output.prompt_token_ids))
-    choices = [make_choice(each, decode) for each in output.outputs]
+    choices = [make_choice(each, decode, form) for each in output.outputs]
     return Answer(len(output.prompt_token_ids), choices)
 
 
-def make_choice(output: CompletionOutput, decode: Decode) -> Choice:
-    logprobs = None
-    if output.logprobs is not None:
-        logprobs = [
-            Token(decode(each.token_id), each.logprob, [(decode(token), value) for token, value in each.top])
-            for each in output.logprobs
-        ]
-    return Choice(output.text, output.finish_reason or "abort", len(output.token_ids), output.stop_reason, logprobs)
+def make_choice(output: CompletionOutput, decode: Decode, form: ToolFormat | None) -> Choice:
+    text, calls = (output.text, []) if form is None else form.parse(output.text)
+    return Choice(
+        text=text,
+        finish_reason=output.finish_reason or "abort",
+        tokens=len(output.token_ids),
+        stop_reason=output.stop_reason,
+        logprobs=None if output.logprobs is None else spell_logprobs(output.logprobs, decode),
+        calls=[Call(call.name, call.arguments) for call in calls],
+    )
+
+
+def spell_logprobs(logprobs: Iterable[TokenLogprob], decode: Decode) -> list[Token]:
+    return [
+        Token(decode(each.token_id), each.logprob, [(decode(token), value) for token, value in each.top])
+        for each in logprobs
+    ]
 
 
 def now() -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from headrace.core import InputError
 from headrace.job.feed import Feed
 from headrace.job.foresight import foresee
+from headrace.job.inlet import EngineInlet
 from headrace.job.intake import STDIN, Job, open_job, read_ask
 from headrace.job.journal import Finished
 from headrace.job.progress import Progress, State
@@ -93,19 +94,19 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
         if job.ask.run.trace is not None:
             engine.meter.write_trace(Path(job.ask.run.trace))
         names = {llm.model_name, job.ask.engine.model, None}
-        feed = Feed(
-            job.source.rows(), job.ask.make_drafter(job.batch, llm.tokenizer), engine, llm.tokenizer, job.journal
-        )
+        inlet, drafter = EngineInlet(engine), job.ask.make_drafter(job.batch, llm.tokenizer)
+        feed = Feed(job.source.rows(), drafter, inlet, llm.tokenizer, job.journal)
         progress.state.flow = feed.flow
         while not feed.complete:
             check_stop(job, progress, stop)
-            finished = feed.top_up()
-            if engine.unfinished and not feed.wanting:
+            if feed.wants_rows():
+                finished = feed.top_up()
+            else:
                 if work.forecast is None:
                     rows = job.rows - progress.state.rows_before
                     work.forecast = foresee(llm, feed, rows, progress.seconds)
                     progress.show_forecast(work.forecast)
-                finished += feed.collect(engine.step())
+                finished = feed.collect(engine.step())
             if finished:
                 with engine.meter.watch.part("files"):
                     job.journal.save(finished)
@@ -116,7 +117,7 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
         progress.update(engine.counters, last=True)
         work.run_seconds, work.shared = progress.seconds, feed.flow.shared
         # The last window is not full.
-        work.windows = feed.window.filled + feed.window.filling
+        work.windows = inlet.window.filled + inlet.window.filling
     return work
 
 

@@ -1,0 +1,52 @@
+"""What is read from the hidden states of prompts: log probabilities of their tokens, one vector of their text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Rows
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from headrace.core import Sequence
+from headrace.engine.choosing import LOGIT_ROWS
+from headrace.engine.generation import Generation
+from headrace.engine.sampling import read_logprob
+from headrace.model import Model
+
+Row = tuple[Sequence, int]
+
+
+def score_prompts(model: Model, rows: Rows[Row], hidden: Tensor, generations: Mapping[int, Generation]) -> None:
+    """Record the log probability of the token after each position, from its hidden state [R, H]."""
+    for start in range(0, len(rows), LOGIT_ROWS):
+        part = rows[start : start + LOGIT_ROWS]
+        logprobs = model.logits(hidden[start : start + LOGIT_ROWS]).log_softmax(-1)
+        for values, (sequence, position) in zip(logprobs, part, strict=True):
+            # A preempted sequence computes positions again; they are recorded once.
+            known = generations[sequence.number].reading.logprobs
+            if len(known) == position + 1:
+                alternatives = sequence.request.params.logprobs or 0
+                known.append(read_logprob(values, sequence.tokens[position + 1], alternatives))
+
+
+def pool_prompts(rows: Rows[Row], hidden: Tensor, generations: Mapping[int, Generation]) -> None:
+    """Add hidden states [R, H] to their prompts' vectors, which are sums of all positions, or the last one's state."""
+    end = 0
+    for number, group in groupby(rows, key=lambda row: row[0].number):
+        positions = [position for _, position in group]
+        start, end = end, end + len(positions)
+        reading = generations[number].reading
+        # A preempted sequence computes positions again; they are added once.
+        known = max(0, reading.pooled - positions[0])
+        if known < len(positions):
+            part = hidden[start + known : end].float().sum(0)
+            reading.vector = part if reading.vector is None else reading.vector + part
+            reading.pooled = positions[-1] + 1
+
+
+def normalise(vector: Tensor) -> list[float]:
+    """The vector at length 1 (a mean and a sum have one direction)."""
+    found: list[float] = torch.nn.functional.normalize(vector, dim=0).tolist()
+    return found

@@ -1,0 +1,45 @@
+"""Where a feed's requests go, and when it should read more. Knows no row, no file and no journal."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from headrace.core import Request
+from headrace.engine.engine import Engine
+from headrace.meter.stopwatch import Stopwatch
+from headrace.schedule.window import Window
+
+
+class Inlet(Protocol):
+    """What a feed needs of whoever computes. Answers come another way: their owner hands them to the feed.
+
+    `context_length` is in tokens; `watch` counts the feed's own work, in the feed's thread.
+    """
+
+    context_length: int
+    watch: Stopwatch
+
+    def add(self, request: Request) -> None:
+        """Take a request, whose id no unfinished one has. May raise RowError for one that can never run."""
+        ...
+
+    def wants(self, held_tokens: int) -> bool:
+        """Whether more rows should be read now, with so many prompt tokens on their way. Asked once before each read,
+        for the answer may depend on the one before."""
+        ...
+
+
+class EngineInlet:
+    """A job's own engine, which the job steps whenever no more rows are wanted: so its window is full at each step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.context_length = engine.context_length
+        self.watch = engine.meter.watch
+        self.window = Window(engine.state, engine.schedule)
+        self._engine = engine
+
+    def add(self, request: Request) -> None:
+        self._engine.add(request)
+
+    def wants(self, held_tokens: int) -> bool:
+        return self.window.wants(held_tokens)

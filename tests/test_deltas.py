@@ -1,0 +1,102 @@
+"""Answers read while they grow, and vectors of texts: against whole answers, and against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from headrace import LLM, SamplingParams
+from headrace.core import Request, RowError
+from headrace.engine.deltas import DeltaReader, count_held
+
+TEXTS = ["The wheel turns as long as water comes", "Grinds", "day and night, and grinds what it is given. " * 5]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model: Path) -> LLM:
+    return LLM(str(tiny_model), precision="fp32", block_size=16, kv_cache_bytes=4 << 20, threads=1, step_tokens=24)
+
+
+@pytest.mark.parametrize("stop", [(), ("e",), ("wat", "he", "\ufffd"), ("zzzz",)])
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_join_to_the_final_text(llm: LLM, stop: tuple[str, ...], seed: int) -> None:
+    params = SamplingParams(n=2, max_tokens=40, temperature=1.0, seed=seed, stop=stop, logprobs=1)
+    tokens = tuple(llm.tokenizer.encode(TEXTS[0]))
+    engine, readers = llm.engine, [DeltaReader(llm.tokenizer, params) for _ in range(2)]
+    engine.add(Request("a", tokens, params))
+    texts, ids, scores, ends = ["", ""], [[], []], [0, 0], ["", ""]
+    output = None
+    while output is None:
+        output = next(iter(engine.step()), None)
+        for choice in engine.peek("a") if output is None else output.outputs:
+            delta = readers[choice.index].read(choice)
+            if delta is None:
+                continue
+            texts[delta.index] += delta.text
+            ids[delta.index] += delta.token_ids
+            scores[delta.index] += len(delta.logprobs or [])
+            ends[delta.index] += delta.finish_reason or ""
+    assert texts == [choice.text for choice in output.outputs]
+    assert ids == [choice.token_ids for choice in output.outputs]
+    assert scores == [len(choice.token_ids) for choice in output.outputs]
+    assert ends == [choice.finish_reason for choice in output.outputs]
+
+
+def test_what_may_become_a_stop_is_held_back() -> None:
+    assert count_held("the whee", ("wheel",)) == 4
+    assert count_held("the wheel", ("wheels", "lx")) == 5
+    assert count_held("the", ("wheel",)) == 0
+    assert count_held("abab", ("ababc", "bb")) == 4
+
+
+def test_a_chat_is_streamed_as_it_is_answered(llm: LLM) -> None:
+    question = [{"role": "user", "content": "What does it grind?"}]
+    params = SamplingParams(max_tokens=12)
+    pieces = list(llm.stream_chat(question, params))
+    assert "".join(pieces) == llm.chat(question, params)[0].outputs[0].text and len(pieces) > 1
+    half = llm.stream_chat(question, params)
+    next(half)
+    half.close()
+    assert llm.engine.unfinished == 0
+    with pytest.raises(RowError, match="context"):
+        list(llm.stream_chat([{"role": "user", "content": "wheel " * 3000}], params))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_vectors_are_those_of_transformers(llm: LLM, tiny_model: Path, pooling: str) -> None:
+    oracle = transformers.AutoModel.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    for text, vector in zip(TEXTS, llm.embed(TEXTS, pooling), strict=True):  # type: ignore[arg-type]
+        with torch.inference_mode():
+            hidden = oracle(torch.tensor([llm.tokenizer.encode(text)])).last_hidden_state[0]
+        state = hidden.mean(0) if pooling == "mean" else hidden[-1]
+        assert vector == pytest.approx((state / state.norm()).tolist(), abs=1e-5)
+
+
+def test_a_preempted_text_is_added_once(tiny_model: Path) -> None:
+    texts = [text * 4 for text in TEXTS] * 3
+    settings = {"precision": "fp32", "block_size": 16, "threads": 1, "step_tokens": 24}
+    with LLM(str(tiny_model), kv_cache_bytes=4 << 20, **settings) as roomy:  # type: ignore[arg-type]
+        expected = roomy.embed(texts)
+        bytes_each = roomy.engine.cache.block_bytes
+    with LLM(  # type: ignore[arg-type]
+        str(tiny_model), kv_cache_bytes=70 * bytes_each, admission="aggressive", **settings
+    ) as tight:
+        assert tight.embed(texts) == expected
+        assert tight.score(texts[0])[0].logprobs[1:] == tight.score(texts[0])[0].logprobs[1:]
+
+
+def test_the_model_s_configuration_says_how_to_pool(tiny_model: Path, tmp_path: Path) -> None:
+    from headrace.checkpoint.pooling import read_pooling
+    from headrace.core import ModelError
+
+    assert read_pooling(tiny_model) == "mean"
+    (tmp_path / "1_Pooling").mkdir()
+    config = tmp_path / "1_Pooling" / "config.json"
+    config.write_text('{"word_embedding_dimension": 64, "pooling_mode_lasttoken": true}')
+    assert read_pooling(tmp_path) == "last"
+    config.write_text('{"pooling_mode_cls_token": true}')
+    with pytest.raises(ModelError, match="cls_token is not supported"):
+        read_pooling(tmp_path)

@@ -17,7 +17,8 @@ LOWEST = {"core", "options", "meter"}
 LEVELS = [
     {"", "__main__"},
     {"cli"},
-    {"server", "job", "judge"},
+    {"server"},
+    {"job", "judge"},
     {"plan"},
     {"llm"},
     {"engine"},
@@ -29,7 +30,7 @@ LEVELS = [
 LEAVES = {"core": set(), "options": {"core"}, "meter": {"core", "options"}}
 NEVER = {("model", "checkpoint")}
 EXCEPT = {("model", "checkpoint.base")}
-OPTIONAL = {"huggingface_hub", "matplotlib", "ray", "triton"}
+OPTIONAL = {"huggingface_hub", "matplotlib", "opentelemetry", "ray", "triton"}
 WITHOUT_TORCH = ("core", "options", "schedule", "cache.layout", "cache.blocks", "cache.prefix", "cache.ledger")
 TENSORS = {"torch", "numpy", "jax"}
 

@@ -16,6 +16,17 @@ Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or int4.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE.toml", help="Settings from a file; flags given here win over it."),
+    ],
+)
+
+
 def make_parameter(setting: Setting) -> inspect.Parameter:
     """The command-line parameter of one setting. None means not given: then TOML or the default decides."""
     flag = f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind == "flag" else setting.flag
@@ -32,17 +43,20 @@ def make_parameter(setting: Setting) -> inspect.Parameter:
 
 
 def add_settings(command: Callable[..., None], own: Sequence[inspect.Parameter] = ()) -> Callable[..., None]:
-    """Give the command a signature for typer to read: input, output, config, its own flags, and every setting."""
+    """Give a command over rows a signature for typer to read: input, output, config, its own flags, every setting."""
     source = typer.Argument(metavar="INPUT", help="Rows to answer, or - for standard input.", show_default=False)
     target = typer.Option("--output", "-o", metavar="OUTPUT", help="Where answers go; NAME.out.jsonl if not given.")
-    config = typer.Option("--config", metavar="FILE.toml", help="Settings from a file; flags given here win over it.")
     keyword = inspect.Parameter.KEYWORD_ONLY
     common = [
         inspect.Parameter("input", keyword, annotation=Annotated[str, source]),
         inspect.Parameter("output", keyword, default=None, annotation=Annotated[str | None, target]),
-        inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config]),
+        CONFIG,
     ]
-    parameters = [*common, *own, *map(make_parameter, all_settings())]
+    return sign(command, [*common, *own, *map(make_parameter, all_settings())])
+
+
+def sign(command: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """Give the command these keyword parameters, for typer to read."""
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command

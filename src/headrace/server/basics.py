@@ -1,0 +1,101 @@
+"""The small routes: models, tokens, health, readiness, version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from headrace import __version__
+from headrace.core import RowError
+from headrace.job.fields import Fields
+from headrace.job.openai import read_messages
+from headrace.job.table import render_chat
+from headrace.server.calls import Call, answer, open_call
+from headrace.server.errors import ApiError, from_row_error
+from headrace.server.service import Service
+
+
+def describe_model(service: Service, name: str) -> dict[str, Any]:
+    found = {"id": name, "object": "model", "created": int(service.stats.began), "owned_by": "headrace"}
+    for served, _, llm in service.models.loaded():
+        if served == name:
+            found |= {"max_model_len": llm.context_length, "precision": llm.resolved["precision"]}
+    return found
+
+
+async def list_models(http: HttpRequest) -> Response:
+    service: Service = http.app.state.service
+    data = [describe_model(service, name) for name in service.models.known_models()]
+    return answer({"object": "list", "data": data})
+
+
+async def retrieve_model(http: HttpRequest) -> Response:
+    service: Service = http.app.state.service
+    return answer(describe_model(service, service.models.find(http.path_params["model"])))
+
+
+async def tokenize(http: HttpRequest) -> Response:
+    """Token ids of a text (`prompt`) or of a conversation (`messages`)."""
+    call = await open_call(http)
+    try:
+        tokens = await run_in_threadpool(read_tokens, call)
+    except RowError as error:
+        raise from_row_error(error) from None
+    return answer({"tokens": tokens, "count": len(tokens), "max_model_len": call.llm.context_length})
+
+
+def read_tokens(call: Call) -> list[int]:
+    fields, tokenizer = Fields(call.body, ""), call.llm.tokenizer
+    fields.take("model")
+    special = fields.switch("add_special_tokens")
+    if fields.has("messages"):
+        text = render_chat(tokenizer, read_messages(fields))
+        special = bool(special)
+    else:
+        given = fields.text("prompt")
+        if given is None:
+            raise RowError("missing_field", "prompt is missing: give a text, or messages")
+        text, special = given, special is not False
+    if fields.left():
+        raise RowError("unknown_field", f"{', '.join(fields.left())}: not supported; take it out")
+    tokenizer.refuse_longer(text, call.llm.context_length)
+    return tokenizer.encode(text, special=special)
+
+
+async def detokenize(http: HttpRequest) -> Response:
+    """The text of token ids."""
+    call = await open_call(http)
+    fields = Fields(call.body, "")
+    fields.take("model")
+    try:
+        tokens = fields.token_ids("tokens")
+        if tokens is None:
+            raise RowError("missing_field", "tokens is missing: give a list of token ids")
+        if len(tokens) > call.llm.context_length:
+            raise RowError("context_length", f"tokens holds {len(tokens):,}; the context {call.llm.context_length:,}")
+        if fields.left():
+            raise RowError("unknown_field", f"{', '.join(fields.left())}: not supported; take it out")
+    except RowError as error:
+        raise from_row_error(error) from None
+    return answer({"prompt": call.llm.tokenizer.decode(list(tokens), skip_special_tokens=False)})
+
+
+async def show_health(http: HttpRequest) -> Response:
+    """Whether the process lives."""
+    return answer({"status": "ok"})
+
+
+async def show_ready(http: HttpRequest) -> Response:
+    """Whether requests are taken: not before the first model is loaded, nor while the server closes."""
+    service: Service = http.app.state.service
+    ready = any(name == service.models.first for name, _, _ in service.models.loaded())
+    if service.draining or not ready:
+        raise ApiError(503, "not_ready", "the server is closing down" if service.draining else "the model is loading")
+    return answer({"status": "ready"})
+
+
+async def show_version(http: HttpRequest) -> Response:
+    return answer({"version": __version__})

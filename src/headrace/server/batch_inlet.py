@@ -1,0 +1,158 @@
+"""A batch's requests on their way through a worker, whose engine computes in a thread of its own. Knows no row.
+
+Answers wait in a queue until the batch's thread takes them, so the worker never waits for a disk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import suppress
+from dataclasses import replace
+from hashlib import blake2b
+from queue import Empty, SimpleQueue
+
+from headrace.core import HeadraceError, Request, RowError
+from headrace.engine.outputs import RequestOutput
+from headrace.meter.stopwatch import Stopwatch
+from headrace.schedule.window import MOST_TOKENS
+from headrace.server.worker import Worker
+
+# Rows that the schedule sees at once, to find which of them share a prefix.
+WINDOW = 2048
+# How often a request may be lost with a step that failed, before it is tried with none of its batch beside it.
+TRIES = 2
+# Seconds to wait for the end of the worker's step; after that it is taken to be gone.
+PATIENCE = 120.0
+
+
+class WorkerGone(HeadraceError):
+    """The worker was closed while the batch had requests there."""
+
+
+class Waiter:
+    """The receiver of one request's answer. Called in the worker's thread."""
+
+    __slots__ = ("_answers", "_request")
+
+    def __init__(self, request: Request, answers: SimpleQueue[tuple[Request, RequestOutput | BaseException]]) -> None:
+        self._request = request
+        self._answers = answers
+
+    def finish(self, output: RequestOutput) -> None:
+        self._answers.put((self._request, output))
+
+    def fail(self, error: BaseException) -> None:
+        self._answers.put((self._request, error))
+
+
+class WorkerInlet:
+    """An inlet (see `job.inlet`) into a worker, for one thread. Requests are known outside by their rows' ids.
+
+    Rows are gathered to a window, which `release` brings to the worker as one, so that they are planned together.
+    """
+
+    def __init__(self, worker: Worker, batch_id: str, owner: str) -> None:
+        llm = worker.ready.result()
+        self.context_length = llm.context_length
+        self.watch = Stopwatch()
+        self._worker = worker
+        self._batch_id = batch_id
+        self._owner = owner
+        self._seed = llm.options.seed
+        self._few = 4 * llm.options.max_sequences
+        self._filling = True
+        self._gathered: list[Request] = []
+        self._away: dict[str, int] = {}
+        self._alone: deque[Request] = deque()
+        self._answers: SimpleQueue[tuple[Request, RequestOutput | BaseException]] = SimpleQueue()
+
+    def add(self, request: Request) -> None:
+        """Gather a request. What its engine has against it comes as an answer."""
+        params = request.params
+        if params.seed is None and not params.greedy:
+            # A row draws the same numbers in every batch: they must not depend on the batch's id, which is random.
+            digest = blake2b(f"{self._seed}\0{request.id}".encode(), digest_size=8).digest()
+            params = replace(params, seed=int.from_bytes(digest) >> 1)
+        name = f"{self._batch_id}/{request.id}"
+        self._gathered.append(replace(request, id=name, params=params, background=True, owner=self._owner))
+
+    def wants(self, held_tokens: int) -> bool:
+        """See Inlet."""
+        present = len(self._away) + len(self._gathered)
+        if self._filling:
+            self._filling = present == 0 or (present < max(WINDOW, self._few) and held_tokens < MOST_TOKENS)
+        else:
+            self._filling = present == 0 or (present < self._few and held_tokens < MOST_TOKENS // 2)
+        return self._filling and not self._isolating
+
+    @property
+    def _isolating(self) -> bool:
+        """Whether some request is, or will be, alone in the worker: no other may join it."""
+        return bool(self._alone) or TRIES in self._away.values()
+
+    def release(self) -> None:
+        """Bring what has been gathered to the worker, as soon as it may join what is there."""
+        if self._isolating:
+            return
+        for request in self._gathered:
+            self._away[request.id] = 0
+            self._submit(request)
+        self._gathered.clear()
+
+    def take(self, seconds: float) -> list[RequestOutput]:
+        """The answers that have come, waiting so long for the first. Raises WorkerGone."""
+        found: list[RequestOutput] = []
+        with suppress(Empty):
+            self._read(self._answers.get(timeout=seconds), found)
+            while True:
+                self._read(self._answers.get_nowait(), found)
+        if self._alone and not self._away:
+            request = self._alone.popleft()
+            self._away[request.id] = TRIES
+            self._submit(request)
+        return found
+
+    def withdraw(self) -> list[RequestOutput]:
+        """Take everything out of the worker; the answers that had come before. The inlet is of no use after it."""
+        if self._away:
+            for name in self._away:
+                self._worker.cancel(name)
+            done = threading.Event()
+            self._worker.call(lambda engine: done.set())
+            done.wait(PATIENCE)
+        found = []
+        with suppress(Empty):
+            while True:
+                request, output = self._answers.get_nowait()
+                if isinstance(output, RequestOutput):
+                    found.append(replace(output, request_id=self._row_of(request)))
+        return found
+
+    def _submit(self, request: Request) -> None:
+        self._worker.submit(request, Waiter(request, self._answers))
+
+    def _read(self, answer: tuple[Request, RequestOutput | BaseException], found: list[RequestOutput]) -> None:
+        request, output = answer
+        tries = self._away.pop(request.id)
+        if isinstance(output, RequestOutput):
+            found.append(replace(output, request_id=self._row_of(request)))
+        elif isinstance(output, RowError):
+            found.append(self._fail(request, output))
+        elif isinstance(output, HeadraceError):
+            self._away.clear()
+            raise WorkerGone(str(output))
+        elif tries >= TRIES:
+            message = f"the server cannot compute this row: {type(output).__name__}: {output}"
+            found.append(self._fail(request, RowError("server_error", message)))
+        elif tries == TRIES - 1:
+            self._alone.append(request)
+        else:
+            self._away[request.id] = tries + 1
+            self._submit(request)
+
+    def _fail(self, request: Request, error: RowError) -> RequestOutput:
+        return RequestOutput(self._row_of(request), None, list(request.prompt_token_ids), [], error=error)
+
+    def _row_of(self, request: Request) -> str:
+        return request.id.removeprefix(f"{self._batch_id}/")

@@ -1,0 +1,153 @@
+"""The models that a server has: loaded when first asked for, freed when nobody has asked for long. Knows no wire."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+
+from headrace.checkpoint import open_checkpoint
+from headrace.core import HeadraceError, InputError
+from headrace.engine.memory import read_available_bytes
+from headrace.llm import LLM
+from headrace.options import EngineOptions, ServeOptions
+from headrace.server.errors import ApiError
+from headrace.server.pace import Pace
+from headrace.server.turns import Turns
+from headrace.server.worker import Worker
+
+LOG = logging.getLogger("headrace.server")
+# Seconds between two looks for models that nobody uses.
+LOOK = 5.0
+
+
+class Models:
+    """Workers by the names that clients give. The first model stays; further ones come and go.
+
+    Belongs to the event loop, but for `open_worker`, `known_models` and `hold`, which batches call from their threads.
+    """
+
+    def __init__(self, engine: EngineOptions, serve: ServeOptions) -> None:
+        """Raises InputError where two models have one name."""
+        also = serve.also
+        self.options = {name_served(each): replace(engine, model=each) for each in (engine.model, *also)}
+        if len(self.options) != 1 + len(also):
+            raise InputError(f"two of the models have one name: {', '.join(map(name_served, (engine.model, *also)))}")
+        self.idle_seconds = serve.idle_seconds
+        self.first = next(iter(self.options))
+        self.workers: dict[str, Worker] = {}
+        self._pace = Pace(serve.itl_target, serve.short_prefill, serve.program_seconds)
+        self._turns = Turns()
+        self._holds: Counter[str] = Counter()
+        self._guard = Lock()
+        self._opening = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin to load the first model. Call in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.workers[self.first] = Worker(self.options[self.first], self._pace, self._loop, self._turns)
+
+    async def open(self, name: str | None) -> tuple[str, Worker, LLM]:
+        """The worker of a model, loaded if it is not here. Raises ApiError for a name that is not served."""
+        name = self.find(name)
+        async with self._opening:
+            worker = self.workers.get(name)
+            if worker is None:
+                await self._make_room(name)
+                assert self._loop is not None  # start was called
+                worker = self.workers[name] = Worker(self.options[name], self._pace, self._loop, self._turns)
+        worker.last_used = time.monotonic()
+        try:
+            return name, worker, await asyncio.shield(asyncio.wrap_future(worker.ready))
+        except HeadraceError as error:
+            if name != self.first:
+                self.workers.pop(name, None)
+            raise ApiError(503, "model_unavailable", f"{name} cannot be loaded: {error}") from error
+
+    def find(self, name: str | None) -> str:
+        """The served name that a client means; the first model where it names none."""
+        if not name or name in self.options:
+            return name or self.first
+        for served, options in self.options.items():
+            worker = self.workers.get(served)
+            ready = worker is not None and worker.ready.done() and worker.ready.exception() is None
+            if name == options.model or (worker and ready and name == worker.ready.result().model_name):
+                return served
+        known = ", ".join(self.options)
+        raise ApiError(404, "model_not_found", f"model {name!r:.80} is not served here; {known} is", "model")
+
+    def loaded(self) -> Iterator[tuple[str, Worker, LLM]]:
+        """What is loaded at the moment."""
+        for name, worker in self.workers.items():
+            if worker.ready.done() and worker.ready.exception() is None:
+                yield name, worker, worker.ready.result()
+
+    def open_worker(self, name: str) -> Worker:
+        """Like `open`, for other threads than the event loop's. Raises InputError for a name that is not served."""
+        assert self._loop is not None  # start was called
+        try:
+            return asyncio.run_coroutine_threadsafe(self.open(name), self._loop).result()[1]
+        except ApiError as error:
+            raise InputError(str(error)) from None
+
+    def known_models(self) -> list[str]:
+        return list(self.options)
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Keep a model from being freed."""
+        with self._guard:
+            self._holds[name] += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._holds[name] -= 1
+
+    async def free_idle(self) -> None:
+        """Free further models that nobody has used for long, for ever."""
+        while True:
+            await asyncio.sleep(LOOK)
+            for name, worker in self._idle():
+                if time.monotonic() - worker.last_used > self.idle_seconds:
+                    await self._free(name)
+
+    async def close(self) -> None:
+        for name in list(self.workers):
+            await self._free(name)
+
+    def _idle(self) -> list[tuple[str, Worker]]:
+        """Further models that have nothing to do, the longest unused first."""
+        found = [
+            (name, worker)
+            for name, worker in self.workers.items()
+            if name != self.first and worker.ready.done() and worker.idle and not self._holds[name]
+        ]
+        return sorted(found, key=lambda pair: pair[1].last_used)
+
+    async def _make_room(self, name: str) -> None:
+        """Free idle models, the longest unused first, until this one's weights would fit twice."""
+        with suppress(HeadraceError):  # what is wrong with it, loading says
+            needed = 2 * (await asyncio.to_thread(open_checkpoint, self.options[name].model)).nbytes
+            for other, _ in self._idle():
+                if read_available_bytes() >= needed:
+                    return
+                await self._free(other)
+
+    async def _free(self, name: str) -> None:
+        worker = self.workers.pop(name)
+        await asyncio.to_thread(worker.close)
+        LOG.info("freed %s", name)
+
+
+def name_served(model: str) -> str:
+    """The name by which clients call a model: a path's last part."""
+    path = Path(model)
+    return (path.stem if path.suffix == ".gguf" else path.name) if path.exists() else model

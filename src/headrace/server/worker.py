@@ -1,0 +1,178 @@
+"""One model's engine in a thread of its own: requests go in from any thread, answers go out as steps end.
+
+Only this thread touches the engine. Knows no wire and no key.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from headrace.core import HeadraceError, Request, RowError
+from headrace.engine.engine import Engine
+from headrace.engine.outputs import RequestOutput
+from headrace.llm import LLM
+from headrace.options import EngineOptions
+from headrace.server.exchange import Exchange
+from headrace.server.pace import Pace
+from headrace.server.turns import Turns
+
+LOG = logging.getLogger("headrace.server")
+Command = Callable[[], None]
+
+
+class Receiver(Protocol):
+    """Whoever wants a request's answer. Called in the worker's thread, so it must be quick."""
+
+    def finish(self, output: RequestOutput) -> None: ...
+
+    def fail(self, error: BaseException) -> None: ...
+
+
+class Worker:
+    """Loads a model in its thread and computes until it is closed. `ready` is the LLM, or why it could not be loaded.
+
+    `exchanges` are the interactive requests in the engine; other receivers (batches) are told of ends only. `held` is
+    the event loop's own count of continuations that it has asked for and not done with.
+    """
+
+    def __init__(self, options: EngineOptions, pace: Pace, loop: AbstractEventLoop, turns: Turns) -> None:
+        self.options = options
+        self.ready: Future[LLM] = Future()
+        self.exchanges: dict[str, Exchange] = {}
+        self.others: dict[str, Receiver] = {}
+        self.last_used = time.monotonic()
+        self.held = 0
+        self._pace = pace
+        self._loop = loop
+        self._turns = turns
+        self._commands: SimpleQueue[Command] = SimpleQueue()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=f"headrace {options.model}", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, receiver: Exchange | Receiver) -> None:
+        """Bring a request, whose id nobody else has, to the engine before its next step."""
+        self._commands.put(lambda: self._add(request, receiver))
+
+    def cancel(self, request_id: str) -> None:
+        """Take a request out before the next step; its receiver hears nothing more. Unknown ids are ignored."""
+        self._commands.put(lambda: self._abort(request_id))
+
+    def call(self, command: Callable[[Engine], None]) -> None:
+        """Let the worker's thread do something quick with its engine before the next step."""
+        self._commands.put(lambda: command(self.ready.result().engine))
+
+    def close(self) -> None:
+        """Stop after the current step, fail what is left, free the model. Waits for it."""
+        self._commands.put(self._stop)
+        self._thread.join()
+
+    @property
+    def idle(self) -> bool:
+        return not self.exchanges and not self.others
+
+    def _stop(self) -> None:
+        self._closing = True
+
+    def _run(self) -> None:
+        try:
+            llm = LLM(**asdict(self._pace.fit(self.options)))
+            self._pace.apply(llm.engine)
+        except BaseException as error:
+            self.ready.set_exception(error)
+            return
+        self.ready.set_result(llm)
+        with llm:
+            while not self._closing:
+                self._obey(wait=not llm.engine.unfinished)
+                if llm.engine.unfinished and not self._closing:
+                    self._step(llm.engine)
+            self._fail_all(HeadraceError("the server is closing"))
+
+    def _obey(self, wait: bool) -> None:
+        """Carry out all commands that have come; with `wait`, until there was one."""
+        for command in self._commands_now(wait):
+            command()
+
+    def _commands_now(self, wait: bool) -> Iterator[Command]:
+        with suppress(Empty):
+            if wait:
+                yield self._commands.get()
+            while True:
+                yield self._commands.get_nowait()
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            with self._turns.take():
+                finished = engine.step()
+        except Exception as error:
+            # A fault of ours, or no memory: those who are here hear of it, those who come find an empty engine.
+            LOG.exception("a step of %s failed", self.options.model)
+            self._fail_all(error)
+            return
+        changed = [exchange for output in finished if (exchange := self._finish(output)) is not None]
+        changed += [each for name, each in self.exchanges.items() if self._read(engine, name, each)]
+        self._wake(changed)
+
+    def _read(self, engine: Engine, name: str, exchange: Exchange) -> bool:
+        """Whether a request that goes on has said more."""
+        outputs = engine.peek(name)
+        if exchange.timing.begun is None and engine.has_begun(name):
+            exchange.timing.begun = time.perf_counter()
+        return exchange.advance(outputs)
+
+    def _finish(self, output: RequestOutput) -> Exchange | None:
+        self.last_used = time.monotonic()
+        exchange = self.exchanges.pop(output.request_id, None)
+        receiver = exchange or self.others.pop(output.request_id)
+        receiver.finish(output)
+        return exchange
+
+    def _add(self, request: Request, receiver: Exchange | Receiver) -> None:
+        self.last_used = time.monotonic()
+        try:
+            self.ready.result().engine.add(request)
+        except (RowError, ValueError) as error:
+            receiver.fail(error)
+            if isinstance(receiver, Exchange):
+                self._wake([receiver])
+            return
+        if isinstance(receiver, Exchange):
+            self.exchanges[request.id] = receiver
+        else:
+            self.others[request.id] = receiver
+
+    def _abort(self, request_id: str) -> None:
+        if self.exchanges.pop(request_id, None) or self.others.pop(request_id, None):
+            self.ready.result().engine.abort(request_id)
+
+    def _fail_all(self, error: BaseException) -> None:
+        engine = self.ready.result().engine
+        exchanges, receivers = list(self.exchanges.values()), [*self.exchanges.values(), *self.others.values()]
+        for name in [*self.exchanges, *self.others]:
+            engine.abort(name)
+        self.exchanges.clear()
+        self.others.clear()
+        for receiver in receivers:
+            receiver.fail(error)
+        self._wake(exchanges)
+
+    def _wake(self, exchanges: list[Exchange]) -> None:
+        """One call into the event loop for all that a step has changed."""
+        if exchanges:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(wake_all, exchanges)
+
+
+def wake_all(exchanges: list[Exchange]) -> None:
+    for exchange in exchanges:
+        exchange.wake()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import signal
 import struct
 import threading
@@ -18,6 +19,7 @@ import pytest
 from jobs import batch_row, read_lines, run, write_lines
 from servers import RunningServer, serving
 
+from headrace.checkpoint import open_checkpoint
 from headrace.llm import LLM
 
 ASK = [{"role": "user", "content": "What does the wheel grind?"}]
@@ -156,6 +158,24 @@ def test_completions_take_texts_and_tokens_and_echo_their_scores(assistant: open
         )
 
 
+def count_hits(client: httpx.Client) -> float:
+    """Prompt tokens that were found in the prefix cache so far."""
+    found = re.search(r"^headrace_prefix_cache_hit_tokens_total\S* (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_a_prompt_that_is_scored_and_continued_is_computed_once(client: httpx.Client) -> None:
+    before = count_hits(client)
+    body = {"prompt": list(range(5, 69)), "max_tokens": 2, "ignore_eos": True, "echo": True, "logprobs": 1}
+    said = client.post("/v1/completions", json=body).json()
+    assert len(said["choices"][0]["logprobs"]["tokens"]) == 64 + 2
+    assert said["usage"]["prompt_tokens"] == 64 and said["usage"]["completion_tokens"] == 2
+    assert said["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    # All blocks of 16 but the last, of which a token must be computed.
+    assert count_hits(client) - before == 48
+
+
 def test_a_completion_streams(assistant: openai.OpenAI) -> None:
     fields = {"model": "tiny", "prompt": "Water", "max_tokens": 9, "seed": 4, "echo": True}
     plain = assistant.completions.create(**fields)
@@ -183,6 +203,15 @@ def test_tokens_go_out_and_come_back(client: httpx.Client) -> None:
     assert found["count"] == len(found["tokens"])
     assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "The wheel turns"}
     assert client.post("/tokenize", json={"messages": ASK}).json()["count"] > 0
+
+
+def test_special_tokens_are_told(client: httpx.Client, tiny_model: Path) -> None:
+    told = client.get("/tokenizer_info").json()
+    assert client.get("/tokenizer_info", params={"model": "tiny"}).json() == told
+    assert client.get("/tokenizer_info", params={"model": "other"}).status_code == 404
+    tokenizer = open_checkpoint(tiny_model).tokenizer()
+    assert told["chat_template"] == tokenizer.chat_template
+    assert tokenizer.encode(told["eos_token"], special=False) == [min(tokenizer.eos_token_ids)]
 
 
 def test_small_routes_answer(client: httpx.Client, assistant: openai.OpenAI) -> None:
@@ -257,6 +286,27 @@ def test_a_client_that_leaves_frees_its_work(server: RunningServer, client: http
         next(answer.iter_lines())
         raise InterruptedError
     assert wait_until_idle(client)["kv_used_bytes"] == 0
+
+
+def wait_for_line(server: RunningServer, name: str) -> dict[str, Any]:
+    """The line that the access log has written of the request called so."""
+    for _ in range(100):
+        for line in list(server.log):
+            if name in line:
+                found: dict[str, Any] = json.loads(line)
+                return found
+        time.sleep(0.05)
+    raise AssertionError(f"the log says nothing of {name}")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_access_log_counts_the_tokens_of_an_answer(
+    server: RunningServer, client: httpx.Client, stream: bool
+) -> None:
+    body = {"messages": ASK, "max_tokens": 7, "ignore_eos": True, "stream": stream}
+    name = client.post("/v1/chat/completions", json=body).headers["x-request-id"]
+    line = wait_for_line(server, name)
+    assert line["output_tokens"] == 7 and line["prompt_tokens"] > 0
 
 
 def test_a_full_queue_says_when_to_come_back(tiny_model: Path, tmp_path: Path) -> None:

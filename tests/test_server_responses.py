@@ -209,9 +209,9 @@ def test_a_body_is_said_as_one_of_chat_completions() -> None:
         "text": {"format": {"type": "json_schema", "name": "gate", "schema": SCHEMA, "strict": True}},
         "tools": [TOOL], "tool_choice": {"type": "function", "name": "open_gate"}, "parallel_tool_calls": False,
         "metadata": {}, "user": "me", "reasoning": {"effort": "none", "summary": None}, "truncation": "disabled",
-        "include": ["message.output_text.logprobs"], "top_logprobs": 3, "service_tier": "flex", "prompt_cache_key": "k",
-        "previous_response_id": None, "max_tool_calls": 2, "safety_identifier": "s", "seed": 3, "top_k": 4,
-        "stop": "END",
+        "include": ["message.output_text.logprobs", "reasoning.encrypted_content"], "top_logprobs": 3,
+        "service_tier": "flex", "prompt_cache_key": "k", "previous_response_id": None, "max_tool_calls": 2,
+        "safety_identifier": "s", "seed": 3, "top_k": 4, "stop": "END",
     }  # fmt: skip
     asked = read_response_body(values, "error")
     function = {"name": "open_gate", "description": "Open a gate", "parameters": SCHEMA, "strict": True}
@@ -247,7 +247,7 @@ REFUSED = [
     ({"prompt": {"id": "pmpt_1"}}, "prompt"),
     ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
     ({"truncation": "auto"}, "truncation"),
-    ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+    ({"include": ["reasoning.encrypted_content", "file_search_call.results"]}, "include[1]"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
@@ -270,6 +270,13 @@ def test_what_cannot_be_done_is_refused_by_name(changes: dict[str, Any], named: 
     with pytest.raises(RowError) as caught:
         read_response_body({"input": ASK} | changes, "error")
     assert str(caught.value).split(" ")[0].rstrip(":,") == named
+
+
+def test_reasoning_that_is_not_there_may_be_asked_for() -> None:
+    asked = read_response_body({"input": ASK, "include": ["reasoning.encrypted_content"]}, "error")
+    assert asked.body == {"messages": [{"role": "user", "content": ASK}]} and not asked.warnings
+    with pytest.raises(RowError, match="top_logprobs needs include"):
+        read_response_body({"input": ASK, "include": ["reasoning.encrypted_content"], "top_logprobs": 2}, "error")
 
 
 def test_unknown_fields_can_be_let_pass() -> None:

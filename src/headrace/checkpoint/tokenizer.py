@@ -43,11 +43,17 @@ class Tokenizer:
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text; `special` adds what the model wants around a text, such as the begin token."""
-        if len(text) <= LONG_TEXT:
-            return self.backend.encode(text, add_special_tokens=special).ids
-        # The library lets go of Python's lock for batches only.
-        return self.backend.encode_batch([text], add_special_tokens=special)[0].ids
+        """Token ids of a text; `special` adds what the model wants around a text, such as the begin token.
+
+        Raises RowError for a text that UTF-8 cannot hold.
+        """
+        try:
+            if len(text) <= LONG_TEXT:
+                return self.backend.encode(text, add_special_tokens=special).ids
+            # The library lets go of Python's lock for batches only.
+            return self.backend.encode_batch([text], add_special_tokens=special)[0].ids
+        except TypeError:  # the library's word for it
+            raise RowError("invalid_text", "the text holds half of a surrogate pair, which is no character") from None
 
     def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Token ids of several texts.

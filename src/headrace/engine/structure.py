@@ -15,8 +15,10 @@ from headrace.checkpoint import Tokenizer
 from headrace.core import Constraint, RowError
 from headrace.engine.trial import try_grammar
 
-# What compiled grammars that may be asked for again may take: they are some hundred times as large as their texts.
-CACHED_GRAMMARS, CACHED_CHARACTERS = 256, 2**20
+# Compiled grammars stay for those who ask again. They are some hundred times as large as their texts.
+CACHED_GRAMMARS, CACHED_CHARACTERS = 64, 2**20
+# Of which llguidance makes an automaton at first: 30 MB, a tenth of a second in the engine. Its own limit is a million.
+MOST_EXPRESSIONS = 200_000
 MOST_CHARACTERS = 2**18
 # No grammar so short overflows a stack or takes more than seconds.
 HARMLESS_CHARACTERS = 2**11
@@ -44,6 +46,10 @@ class ConstraintCompiler:
                 text, n_vocab=self.vocab_size, eos_token=sorted(self.tokenizer.eos_token_ids)
             )
         return self._vocabulary
+
+    def is_slow(self, constraint: Constraint) -> bool:
+        """Whether it may take seconds to compile."""
+        return len(constraint.value) > HARMLESS_CHARACTERS and constraint not in self._prototypes
 
     def open_matcher(self, constraint: Constraint) -> Matcher:
         """A fresh matcher at the start of its grammar. Raises RowError("constraint") for an impossible constraint."""
@@ -76,8 +82,9 @@ class ConstraintCompiler:
             refusal = try_grammar(grammar) if size > HARMLESS_CHARACTERS else None
             if refusal is not None:
                 raise RowError("constraint", f"the {constraint.kind} constraint cannot be used: {refusal}")
-            error = LLMatcher.validate_grammar(grammar, self.vocabulary)
-            matcher = LLMatcher(self.vocabulary, grammar, log_level=0, limits=LLParserLimits())
+            limits = LLParserLimits(initial_lexer_fuel=MOST_EXPRESSIONS)
+            error = LLMatcher.validate_grammar(grammar, self.vocabulary, limits=limits)
+            matcher = LLMatcher(self.vocabulary, grammar, log_level=0, limits=limits)
         except ValueError as cause:
             raise RowError("constraint", f"the {constraint.kind} constraint cannot be used: {cause}") from cause
         error = error or matcher.get_error()

@@ -51,6 +51,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "detokenize": (True,),
     "suffix": ("",),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
 }
 NUMBERS = (
     "n", "temperature", "top_p", "top_k", "min_p", "min_tokens", "presence_penalty", "frequency_penalty",

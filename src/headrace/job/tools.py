@@ -58,7 +58,8 @@ def read_tools(fields: Fields) -> Tools | None:
         raise RowError("invalid_value", f"{fields.prefix}tools and {fields.prefix}functions exclude each other")
     older = fields.has("functions")
     name = "functions" if older else "tools"
-    listed, path = fields.take(name) or [], f"{fields.prefix}{name}"
+    listed, path = fields.take(name), f"{fields.prefix}{name}"
+    listed = [] if listed is None else listed
     if not isinstance(listed, list):
         raise wrong(path, "a list", listed)
     if len(listed) > MOST_TOOLS:

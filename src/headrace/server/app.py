@@ -12,9 +12,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from headrace.options import ServeOptions
 from headrace.server import basics
@@ -53,6 +53,7 @@ def build_app(service: Service) -> Starlette:
             ApiError: answer_error,
             HTTPException: answer_http_exception,
             ClientGone: answer_gone,
+            ClientDisconnect: answer_gone,
             Exception: answer_fault,
         },
         lifespan=live,
@@ -72,6 +73,7 @@ def make_routes() -> list[Route]:
     get: dict[str, Handler] = {
         "/v1/models": basics.list_models,
         "/v1/models/{model:path}": basics.retrieve_model,
+        "/tokenizer_info": basics.show_tokenizer,
         "/health": basics.show_health,
         "/ready": basics.show_ready,
         "/version": basics.show_version,
@@ -148,7 +150,14 @@ def answer_http_exception(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     message = f"{http.method} {http.url.path[:200]}: {error.detail}"
-    return answer_error(http, ApiError(error.status_code, code, message, headers=error.headers))
+    headers = {"Allow": ", ".join(list_methods(http))} if error.status_code == 405 else error.headers
+    return answer_error(http, ApiError(error.status_code, code, message, headers=headers))
+
+
+def list_methods(http: Request) -> list[str]:
+    """The methods of all routes that a path has: there is one for each method."""
+    matching = [each for each in http.app.routes if each.matches(http.scope)[0] is not Match.NONE]
+    return sorted({method for route in matching for method in route.methods or ()})
 
 
 def answer_gone(http: Request, error: Exception) -> Response:

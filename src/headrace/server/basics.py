@@ -9,6 +9,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from headrace import __version__
+from headrace.checkpoint import Tokenizer
 from headrace.core import RowError
 from headrace.job.fields import Fields
 from headrace.job.openai import read_messages
@@ -81,6 +82,22 @@ async def detokenize(http: HttpRequest) -> Response:
     except RowError as error:
         raise from_row_error(error) from None
     return answer({"prompt": call.llm.tokenizer.decode(list(tokens), skip_special_tokens=False)})
+
+
+async def show_tokenizer(http: HttpRequest) -> Response:
+    """What clients need that prepare prompts by /tokenize: the texts of special tokens, null where there are none."""
+    service: Service = http.app.state.service
+    _, _, llm = await service.models.open(http.query_params.get("model"))
+    found = {
+        "bos_token": spell_first(llm.tokenizer, llm.tokenizer.encode("")),
+        "eos_token": spell_first(llm.tokenizer, sorted(llm.tokenizer.eos_token_ids)),
+        "chat_template": llm.tokenizer.chat_template,
+    }
+    return answer(found)
+
+
+def spell_first(tokenizer: Tokenizer, tokens: list[int]) -> str | None:
+    return tokenizer.decode(tokens[:1], skip_special_tokens=False) if tokens else None
 
 
 async def show_health(http: HttpRequest) -> Response:

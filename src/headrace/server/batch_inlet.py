@@ -68,8 +68,13 @@ class WorkerInlet:
         self._answers: SimpleQueue[tuple[Request, RequestOutput | BaseException]] = SimpleQueue()
 
     def add(self, request: Request) -> None:
-        """Gather a request. What its engine has against it comes as an answer."""
+        """Gather a request. What its engine has against it comes as an answer.
+
+        Raises RowError for a constraint that cannot be used: here, for the engine's thread should not wait for it.
+        """
         params = request.params
+        if params.constraint is not None:
+            self._worker.ready.result().engine.compiler.open_matcher(params.constraint)
         if params.seed is None and not params.greedy:
             # A row draws the same numbers in every batch: they must not depend on the batch's id, which is random.
             digest = blake2b(f"{self._seed}\0{request.id}".encode(), digest_size=8).digest()

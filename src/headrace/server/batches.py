@@ -226,7 +226,7 @@ def read_page(http: HttpRequest, limit: int, most: int) -> Page:
     """Which part of a list is asked for. Raises ApiError."""
     query = http.query_params
     text, order = query.get("limit", str(limit)), query.get("order", "desc")
-    if not text.isdecimal() or not 1 <= int(text) <= most:
+    if len(text) > 9 or not text.isdecimal() or not 1 <= int(text) <= most:
         raise ApiError(
             400, "invalid_value", f"limit must be a whole number from 1 to {most}, got {text!r:.40}", "limit"
         )

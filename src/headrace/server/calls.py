@@ -14,11 +14,12 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
+from anyio.to_thread import run_sync
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from headrace.core import HeadraceError, Request, RowError
+from headrace.core import Constraint, HeadraceError, Request, RowError
 from headrace.engine.deltas import Delta
 from headrace.engine.outputs import RequestOutput
 from headrace.job.drafts import Draft, encode_drafts, make_request
@@ -75,9 +76,13 @@ class Call:
     async def understand_all(self, url: str, bodies: list[Mapping[str, Any]], name: str) -> list[tuple[Draft, Request]]:
         """Like `understand`, for several bodies; a second request is called `name`-1 and so on."""
         try:
-            return await run_in_threadpool(self._understand, url, bodies, name)
+            found = await run_in_threadpool(self._understand, url, bodies, name)
+            for constraint in {request.params.constraint for _, request in found}:
+                if constraint is not None:
+                    await self._compile(constraint)
         except RowError as error:
             raise from_row_error(error) from None
+        return found
 
     def _understand(self, url: str, bodies: list[Mapping[str, Any]], name: str) -> list[tuple[Draft, Request]]:
         service, tokenizer = self.service, self.llm.tokenizer
@@ -90,10 +95,14 @@ class Call:
         found = []
         for draft, tokens in zip(drafts, encode_drafts(drafts, tokenizer), strict=True):
             request = make_request(draft, tokens, self.llm.context_length)
-            if request.params.constraint is not None:
-                self.llm.engine.compiler.open_matcher(request.params.constraint)
             found.append((draft, self._own(request)))
         return found
+
+    async def _compile(self, constraint: Constraint) -> None:
+        """Compile a constraint before it comes to the engine. Large ones take long: they wait for each other only."""
+        compiler = self.llm.engine.compiler
+        limiter = self.service.compiling if compiler.is_slow(constraint) else None
+        await run_sync(compiler.open_matcher, constraint, limiter=limiter)
 
     def _own(self, request: Request) -> Request:
         """The request with what the body and the key say of its order."""
@@ -185,8 +194,9 @@ class Call:
             grant.settle(used)
         state = self.http.scope["state"]
         state["model"] = self.model
-        state["prompt_tokens"] = sum(len(each.request.prompt_token_ids) for each in self._exchanges)
-        state["output_tokens"] = max(0, used - state["prompt_tokens"])
+        prompt = sum(len(each.request.prompt_token_ids) for each in self._exchanges)
+        state["prompt_tokens"] = state.get("prompt_tokens", 0) + prompt
+        state["output_tokens"] = state.get("output_tokens", 0) + max(0, used - prompt)
         self._exchanges, self._grants = [], []
 
 

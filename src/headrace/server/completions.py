@@ -40,13 +40,18 @@ async def create_completion(http: HttpRequest) -> Response:
     if stream:
         return await start_stream(call, asked, with_usage)
     requests = [request for _, request in asked] if generate else []
-    requests += [make_scored(each) for draft, each in asked if draft.echo and each.params.logprobs is not None]
-    # Echo without log probabilities and without an answer asks nothing of the engine.
-    outputs = {each.request_id: each for each in (await call.collect(requests) if requests else [])}
+    scored = [make_scored(each) for draft, each in asked if draft.echo and each.params.logprobs is not None]
+    outputs: dict[str, RequestOutput] = {}
+    # Answers find the prompts that were scored before them in the prefix cache. Echo alone asks nothing of the engine.
+    for each in (scored, requests):
+        outputs |= {output.request_id: output for output in (await call.collect(each) if each else [])}
     choices: list[dict[str, Any]] = []
     for draft, request in asked:
         choices += make_choices(call, len(choices), draft, request, outputs)
-    usage = count_usage(outputs[each.id] for each in requests if each.score is not generate)
+    usage = count_usage(outputs[each.id] for each in requests or scored)
+    if scored:
+        # What an answer finds in the cache is what its own score has just computed.
+        usage["prompt_tokens_details"] = {"cached_tokens": 0}
     return answer(describe(call, name, "text_completion", asked[0][0], choices=choices, usage=usage))
 
 

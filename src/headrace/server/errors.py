@@ -18,6 +18,8 @@ TYPES = {
     429: ("rate_limit_error", "rate_limit_error"),
     503: ("server_error", "overloaded_error"),
 }
+# Messages repeat what a client sent; longer ones are cut.
+LONGEST_MESSAGE = 1000
 OTHER = {4: ("invalid_request_error", "invalid_request_error"), 5: ("server_error", "api_error")}
 
 
@@ -36,10 +38,13 @@ class ApiError(Exception):
 
 def describe_error(error: ApiError, anthropic: bool = False) -> dict[str, object]:
     """The body of an error answer, as OpenAI or Anthropic give it."""
+    message = str(error)
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[:LONGEST_MESSAGE]} ..."
     openai_type, anthropic_type = TYPES.get(error.status) or OTHER[4 if error.status < 500 else 5]
     if anthropic:
-        return {"type": "error", "error": {"type": anthropic_type, "message": str(error)}}
-    return {"error": {"message": str(error), "type": openai_type, "param": error.param, "code": error.code}}
+        return {"type": "error", "error": {"type": anthropic_type, "message": message}}
+    return {"error": {"message": message, "type": openai_type, "param": error.param, "code": error.code}}
 
 
 def error_response(error: ApiError, anthropic: bool = False) -> JSONResponse:

@@ -76,7 +76,12 @@ def read_seconds(form: FormData) -> int | None:
         return None
     if anchor != "created_at":
         raise ApiError(400, "invalid_value", f"{ANCHOR} must be created_at, got {anchor!r:.40}", ANCHOR)
-    if not isinstance(text, str) or not text.isdecimal() or not LEAST_SECONDS <= int(text) <= MOST_SECONDS:
+    if (
+        not isinstance(text, str)
+        or len(text) > 9
+        or not text.isdecimal()
+        or not LEAST_SECONDS <= int(text) <= MOST_SECONDS
+    ):
         message = f"{SECONDS} must be a whole number from {LEAST_SECONDS} to {MOST_SECONDS}, got {text!r:.40}"
         raise ApiError(400, "invalid_value", message, SECONDS)
     return int(text)

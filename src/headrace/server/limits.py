@@ -31,7 +31,7 @@ CLOSE = {"Connection": "close"}
 class BodyLimit:
     """Answers 413 as soon as a body is announced, or has come, that is longer than `max_bytes`.
 
-    Bodies to /v1/files have a limit of their own.
+    A body whose length is said in two ways gets 400. Bodies to /v1/files have a limit of their own.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_file_bytes: int | None = None) -> None:
@@ -43,7 +43,10 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         most = self._most_file if scope["path"].rstrip("/") == FILES else self._most
-        announced = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "")
+        if announced and "transfer-encoding" in headers:
+            return await answer(two_lengths(), scope, receive, send)
         if announced.isdecimal() and int(announced) > most:
             return await answer(too_large(most), scope, receive, send)
         received = 0
@@ -167,6 +170,11 @@ def too_large(most: int) -> ApiError:
     return ApiError(
         413, "request_too_large", f"the body is longer than {most:,} bytes, which is the limit", None, CLOSE
     )
+
+
+def two_lengths() -> ApiError:
+    """Where proxies and servers go by different ones, a body can hide a request."""
+    return ApiError(400, "invalid_request", "Content-Length and Transfer-Encoding exclude each other", None, CLOSE)
 
 
 def too_slow(seconds: float) -> ApiError:

@@ -40,7 +40,7 @@ def read_message_body(values: Mapping[str, Any], unknown: Unknown, counting: boo
     stream = fields.switch("stream") or False
     fields.take("cache_control")
     fields.ignore("thinking", ({"type": "disabled"},))
-    metadata = open_object(fields.take("metadata") or {}, "metadata", fields)
+    metadata = Fields(fields.mapping("metadata") or {}, "metadata.", parent=fields)
     metadata.text("user_id")
     metadata.report()
     tier = fields.text("service_tier")
@@ -65,7 +65,7 @@ def read_sampling(fields: Fields, counting: bool) -> dict[str, Any]:
 
 def read_form(fields: Fields) -> dict[str, Any]:
     """The JSON schema of `output_config.format`, where there is one."""
-    config = open_object(fields.take("output_config") or {}, "output_config", fields)
+    config = Fields(fields.mapping("output_config") or {}, "output_config.", parent=fields)
     form = config.mapping("format")
     config.report()
     if form is None:
@@ -103,7 +103,7 @@ def read_conversation(fields: Fields) -> dict[str, Any]:
     """`system` and `messages`. An assistant's message at their end is the beginning of the answer."""
     talk = Conversation(joined=("user", "assistant"))
     system = fields.take("system")
-    if system:
+    if system not in (None, "", []):
         talk.say("system", read_texts(system, "system", ("text",), fields))
     messages = read_list(fields.take("messages") or [], "messages", fields)
     if not messages:
@@ -124,8 +124,8 @@ def read_message(message: Fields, talk: Conversation, around: Fields) -> None:
     role, content, path = message.text("role"), message.take("content"), f"{message.prefix}content"
     if role not in ("user", "assistant", "system"):
         raise wrong(f"{message.prefix}role", "user, assistant or system", role)
-    if content is None:
-        raise RowError("missing_field", f"{path} is missing")
+    if content is None or content == []:
+        raise RowError("missing_field", f"{path} is missing, or an empty list")
     message.report()
     if isinstance(content, str):
         talk.say(role, content)

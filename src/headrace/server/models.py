@@ -39,10 +39,9 @@ class Models:
         self.options = {name_served(each): replace(engine, model=each) for each in (engine.model, *also)}
         if len(self.options) != 1 + len(also):
             raise InputError(f"two of the models have one name: {', '.join(map(name_served, (engine.model, *also)))}")
-        self.idle_seconds = serve.idle_seconds
         self.first = next(iter(self.options))
         self.workers: dict[str, Worker] = {}
-        self._pace = Pace(serve.itl_target, serve.short_prefill, serve.program_seconds)
+        self._serve = serve
         self._turns = Turns()
         self._holds: Counter[str] = Counter()
         self._guard = Lock()
@@ -52,7 +51,7 @@ class Models:
     def start(self) -> None:
         """Begin to load the first model. Call in the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self.workers[self.first] = Worker(self.options[self.first], self._pace, self._loop, self._turns)
+        self.workers[self.first] = Worker(self.options[self.first], Pace(self._serve), self._loop, self._turns)
 
     async def open(self, name: str | None) -> tuple[str, Worker, LLM]:
         """The worker of a model, loaded if it is not here. Raises ApiError for a name that is not served."""
@@ -62,7 +61,7 @@ class Models:
             if worker is None:
                 await self._make_room(name)
                 assert self._loop is not None  # start was called
-                worker = self.workers[name] = Worker(self.options[name], self._pace, self._loop, self._turns)
+                worker = self.workers[name] = Worker(self.options[name], Pace(self._serve), self._loop, self._turns)
         worker.last_used = time.monotonic()
         try:
             return name, worker, await asyncio.shield(asyncio.wrap_future(worker.ready))
@@ -116,7 +115,7 @@ class Models:
         while True:
             await asyncio.sleep(LOOK)
             for name, worker in self._idle():
-                if time.monotonic() - worker.last_used > self.idle_seconds:
+                if time.monotonic() - worker.last_used > self._serve.idle_seconds:
                     await self._free(name)
 
     async def close(self) -> None:

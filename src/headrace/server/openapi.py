@@ -5,19 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 from headrace import __version__
-from headrace.job.openai import NO_EFFECT
-from headrace.server.schemas import CHAT_BODY, COMPLETION_BODY, SCHEMAS, listing, nullable, record, ref
+from headrace.job.openai import CHAT, COMPLETIONS, NO_EFFECT
+from headrace.server.schemas import (
+    CHAT_BODY,
+    COMPLETION_BODY,
+    COUNTED_BODY,
+    MESSAGE,
+    MESSAGE_BODY,
+    RESPONSE_BODY,
+    SCHEMAS,
+    listing,
+    nullable,
+    record,
+    ref,
+)
 
 Schema = dict[str, Any]
 
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
-FILE_ID = {"name": "file_id", "in": "path", "required": True, "schema": {"type": "string"}}
-BATCH_ID = {"name": "batch_id", "in": "path", "required": True, "schema": {"type": "string"}}
+FILE_ID = {"name": "file", "in": "path", "required": True, "schema": {"type": "string"}}
+BATCH_ID = {"name": "batch", "in": "path", "required": True, "schema": {"type": "string"}}
 MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-PAGES = [
-    {"name": "after", "in": "query", "schema": {"type": "string"}},
-    {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1}},
-]
+WHICH = {"name": "model", "in": "query", "schema": {"type": "string"}}
+ORDER = {"name": "order", "in": "query", "schema": {"enum": ["asc", "desc"]}}
+AFTER = {"name": "after", "in": "query", "schema": {"type": "string"}}
+PURPOSE = {"name": "purpose", "in": "query", "schema": {"enum": ["batch", "user_data", "batch_output"]}}
+
+
+def limit(most: int) -> Schema:
+    return {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": most}}
 
 
 def operation(
@@ -26,12 +42,12 @@ def operation(
     body: Schema | None = None,
     parameters: list[Schema] | None = None,
     form: str = JSON,
-    stream: bool = False,
+    text: str = TEXT,
 ) -> Schema:
-    """One route: its body, and what it answers with 200 and otherwise. answers None: a text."""
-    content: Schema = {TEXT: {"schema": {"type": "string"}}} if answers is None else {JSON: {"schema": answers}}
-    if stream:
-        content[EVENTS] = {"schema": {"type": "string"}}
+    """One route: its body, and what it answers with 200 and otherwise. answers None: a text of the type `text`."""
+    content: Schema = {text: {"schema": {"type": "string"}}} if answers is None else {JSON: {"schema": answers}}
+    if body is not None and "stream" in body["properties"] and "$ref" in (answers or {}):
+        content[EVENTS] = {"schema": {}}
     found: Schema = {
         "summary": summary,
         "responses": {
@@ -57,26 +73,26 @@ def asking_paths() -> Schema:
         },
         "input",
     )
-    text = {"model": nullable("string"), "prompt": nullable("string"), "messages": {"type": ["array", "null"]}}
+    text = {
+        "model": nullable("string"),
+        "prompt": nullable("string"),
+        "messages": {"anyOf": [listing(MESSAGE), {"type": "null"}]},
+    }
     text["add_special_tokens"] = nullable("boolean")
     counted = record({"tokens": tokens, "count": {"type": "integer"}, "max_model_len": {"type": "integer"}}, "tokens")
-    chat = operation("Answer a conversation.", ref("ChatCompletion"), CHAT_BODY, stream=True)
-    completion = operation("Continue one prompt or several.", ref("Completion"), COMPLETION_BODY, stream=True)
+    chat = operation("Answer a conversation.", ref("ChatCompletion"), CHAT_BODY)
+    completion = operation("Continue one prompt or several.", ref("Completion"), COMPLETION_BODY)
     return {
         "/v1/chat/completions": {"post": chat},
         "/v1/completions": {"post": completion},
         "/v1/embeddings": {"post": operation("One vector for each text.", ref("Embeddings"), vectors)},
-        "/v1/responses": {
-            "post": operation("Answer, as the Responses API does.", {"type": "object"}, {"type": "object"}, stream=True)
-        },
-        "/v1/messages": {
-            "post": operation("Answer, as Anthropic's API does.", {"type": "object"}, {"type": "object"}, stream=True)
-        },
+        "/v1/responses": {"post": operation("Answer, as the Responses API does.", ref("Response"), RESPONSE_BODY)},
+        "/v1/messages": {"post": operation("Answer, as Anthropic's API does.", ref("Message"), MESSAGE_BODY)},
         "/v1/messages/count_tokens": {
             "post": operation(
                 "Tokens of a conversation in Anthropic's form.",
                 record({"input_tokens": {"type": "integer"}}, "input_tokens"),
-                {"type": "object"},
+                COUNTED_BODY,
             )
         },
         "/tokenize": {"post": operation("Token ids of a text or a conversation.", counted, record(text))},
@@ -103,7 +119,7 @@ def batch_paths() -> Schema:
     batch = record(
         {
             "input_file_id": {"type": "string"},
-            "endpoint": {"type": "string"},
+            "endpoint": {"enum": [CHAT, COMPLETIONS]},
             "completion_window": {"enum": ["24h"]},
             "metadata": {"type": ["object", "null"]},
             "output_expires_after": {"type": ["object", "null"]},
@@ -116,28 +132,34 @@ def batch_paths() -> Schema:
     return {
         "/v1/files": {
             "post": operation("Bring a file.", ref("File"), upload, form="multipart/form-data"),
-            "get": operation("The files that are here.", ref("Page"), parameters=PAGES),
+            "get": operation(
+                "The files that are here.", ref("Page"), parameters=[AFTER, limit(10_000), ORDER, PURPOSE]
+            ),
         },
-        "/v1/files/{file_id}": {
+        "/v1/files/{file}": {
             "get": operation("One file's description.", ref("File"), parameters=[FILE_ID]),
             "delete": operation("Delete a file.", deleted, parameters=[FILE_ID]),
         },
-        "/v1/files/{file_id}/content": {"get": operation("What a file holds.", None, parameters=[FILE_ID])},
+        "/v1/files/{file}/content": {
+            "get": operation("What a file holds.", None, parameters=[FILE_ID], text="application/octet-stream")
+        },
         "/v1/batches": {
             "post": operation("Begin a batch.", ref("Batch"), batch),
-            "get": operation("The batches that are here.", ref("Page"), parameters=PAGES),
+            "get": operation("The batches that are here.", ref("Page"), parameters=[AFTER, limit(100), ORDER]),
         },
-        "/v1/batches/{batch_id}": {"get": operation("How a batch stands.", ref("Batch"), parameters=[BATCH_ID])},
-        "/v1/batches/{batch_id}/cancel": {"post": operation("Stop a batch.", ref("Batch"), parameters=[BATCH_ID])},
+        "/v1/batches/{batch}": {"get": operation("How a batch stands.", ref("Batch"), parameters=[BATCH_ID])},
+        "/v1/batches/{batch}/cancel": {"post": operation("Stop a batch.", ref("Batch"), parameters=[BATCH_ID])},
     }
 
 
 def small_paths() -> Schema:
     """Routes that say how the server is."""
     status = record({"status": {"type": "string"}}, "status")
+    tokenizer = record({name: nullable("string") for name in ("bos_token", "eos_token", "chat_template")})
     return {
         "/v1/models": {"get": operation("The models that are served.", ref("Page"))},
         "/v1/models/{model}": {"get": operation("One model.", ref("Model"), parameters=[MODEL])},
+        "/tokenizer_info": {"get": operation("A model's special tokens and chat template.", tokenizer, None, [WHICH])},
         "/health": {"get": operation("Whether the process lives.", status)},
         "/ready": {"get": operation("Whether requests are taken.", status)},
         "/version": {"get": operation("The server's version.", record({"version": {"type": "string"}}, "version"))},
@@ -150,6 +172,10 @@ def small_paths() -> Schema:
 def write_document() -> Schema:
     """The whole document, OpenAPI 3.1."""
     ignored = ", ".join(NO_EFFECT)
+    paths = asking_paths() | batch_paths() | small_paths()
+    for path, methods in paths.items():
+        for method, found in methods.items():
+            found["operationId"] = f"{method}{path}".translate(str.maketrans("/.", "__", "{}"))
     return {
         "openapi": "3.1.0",
         "info": {
@@ -157,7 +183,7 @@ def write_document() -> Schema:
             "version": __version__,
             "description": f"OpenAI's and Anthropic's APIs over one engine. Taken and without effect: {ignored}.",
         },
-        "paths": asking_paths() | batch_paths() | small_paths(),
+        "paths": paths,
         "components": {
             "schemas": SCHEMAS,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},

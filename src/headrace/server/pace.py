@@ -1,48 +1,74 @@
-"""How much prefill a step may hold, so that the answers beside it go on without a halt. Knows no request."""
+"""How long steps may take: so that answers beside a prefill go on without a halt, and no batch is in a client's way.
+
+Knows no request.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
+from dataclasses import replace
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine.engine import Engine
 from headrace.engine.loading import choose
-from headrace.meter.step_time import describe_setting, load_step_time
-from headrace.options import EngineOptions
+from headrace.meter.step_time import StepTime, describe_setting, load_step_time
+from headrace.options import EngineOptions, ServeOptions
+from headrace.schedule.state import Limits
 
 LOG = logging.getLogger("headrace.server")
 # Tokens a step on a machine whose steps nobody has measured: a tenth of a second for 100 million parameters.
 UNMEASURED = 256
+# A client who comes waits for the end of a batch's step. Steps are so short while clients come and go, that is until so
+# many seconds after the last one.
+GENTLE_SECONDS, CALM_SECONDS = 0.03, 10.0
+GENTLE_UNMEASURED = 32
+
+Clock = Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds that prefill may make of the time between two tokens; how long a short prompt is; seconds for which a
-    conversation's KV stays for its next turn."""
+    """One engine's. First `fit` its options, then `take` it; `shift` before each step."""
 
-    itl_target: float
-    short_prefill: int
-    program_seconds: float
+    def __init__(self, serve: ServeOptions, clock: Clock = time.monotonic) -> None:
+        self._serve = serve
+        self._clock = clock
+        self._measured: StepTime | None = None
+        self._limits = self._gentle = Limits(1, 1)
+        self._busy_until = -1.0
 
     def fit(self, options: EngineOptions) -> EngineOptions:
         """The options with `step_tokens` such that no step takes longer than the target, contexts being short.
 
         The budget is Sarathi-Serve's (arXiv 2403.02310, section 4.3). A `step_seconds` that is given stays.
         """
-        if options.step_seconds is not None:
-            return options
         checkpoint = open_checkpoint(options.model)
         choice = choose(options, checkpoint)
-        found = load_step_time(describe_setting(checkpoint.hash(), choice.machine, choice.settings))
+        self._measured = load_step_time(describe_setting(checkpoint.hash(), choice.machine, choice.settings))
         most = choice.options.step_tokens
-        if found is not None:
-            return replace(options, step_tokens=found.most_tokens(self.itl_target, most))
+        if options.step_seconds is not None:
+            return options
+        if self._measured is not None:
+            return replace(options, step_tokens=self._measured.most_tokens(self._serve.itl_target, most))
         most = min(UNMEASURED, most)
         LOG.warning("steps of %s hold %d tokens: `headrace bench steps` measures how many fit", options.model, most)
         return replace(options, step_tokens=most)
 
-    def apply(self, engine: Engine) -> None:
-        """Let a new engine keep to it."""
-        engine.state.limits = replace(engine.state.limits, short_prefill=self.short_prefill)
-        engine.keep_seconds = self.program_seconds
+    def take(self, engine: Engine) -> None:
+        """Let an engine that was made with these options keep to it."""
+        self._limits = replace(engine.state.limits, short_prefill=self._serve.short_prefill)
+        most = self._limits.step_tokens
+        few = min(GENTLE_UNMEASURED, most)
+        if self._measured is not None:
+            few = self._measured.most_tokens(GENTLE_SECONDS, most)
+        self._gentle = replace(self._limits, step_tokens=few)
+        engine.state.limits = self._limits
+        engine.keep_seconds = self._serve.program_seconds
+
+    def shift(self, engine: Engine, clients: bool) -> None:
+        """Set the bounds of the next step; `clients`: someone waits for an answer, it is not for batches alone."""
+        now = self._clock()
+        if clients:
+            self._busy_until = now + CALM_SECONDS
+        engine.state.limits = self._gentle if not clients and now < self._busy_until else self._limits

@@ -134,7 +134,8 @@ def read_functions(fields: Fields, kinds: Container[str | None], schema: str) ->
     """The body's `tools` as /v1/chat/completions has them, by name. Functions have a type of `kinds`, and call the
     schema of their arguments `schema`. Raises RowError for other tools."""
     found: dict[str, dict[str, Any]] = {}
-    for tool in read_list(fields.take("tools") or [], f"{fields.prefix}tools", fields):
+    tools = fields.take("tools")
+    for tool in read_list([] if tools is None else tools, f"{fields.prefix}tools", fields):
         kind = tool.text("type")
         if kind not in kinds:
             raise RowError(

@@ -23,6 +23,8 @@ from headrace.server.projections import (
 )
 
 LOGPROBS = "message.output_text.logprobs"
+# Clients ask for it as a matter of course: no answer here has a reasoning item, so there is nothing to leave out.
+REASONING = "reasoning.encrypted_content"
 CHOICES = ("none", "auto", "required")
 ROLES = ("user", "assistant", "system", "developer")
 PARTS = ("input_text", "output_text")
@@ -76,7 +78,7 @@ def refuse_memory(fields: Fields) -> None:
 
 def read_harmless(fields: Fields, name: str, harmless: Mapping[str, tuple[Any, ...]]) -> None:
     """An object of which only some values can be taken; others count as unknown fields."""
-    inner = open_object(fields.take(name) or {}, name, fields)
+    inner = Fields(fields.mapping(name) or {}, f"{name}.", parent=fields)
     for field, values in harmless.items():
         inner.ignore(field, values)
     inner.report()
@@ -85,16 +87,16 @@ def read_harmless(fields: Fields, name: str, harmless: Mapping[str, tuple[Any, .
 def read_logprobs(fields: Fields) -> dict[str, Any]:
     include, top = fields.texts("include") or (), fields.whole("top_logprobs", 0, 20)
     for place, name in enumerate(include):
-        if name != LOGPROBS:
+        if name not in (LOGPROBS, REASONING):
             raise RowError("unsupported_field", f"include[{place}] is {name!r:.60}: only {LOGPROBS} can be included")
-    if top and not include:
+    if top and LOGPROBS not in include:
         raise RowError("invalid_value", f"top_logprobs needs include to hold {LOGPROBS}")
-    return {"logprobs": True, "top_logprobs": top or 0} if include else {}
+    return {"logprobs": True, "top_logprobs": top or 0} if LOGPROBS in include else {}
 
 
 def read_form(fields: Fields) -> dict[str, Any]:
     """The form of the answer, `text.format`; as long or short as the model makes it."""
-    text = open_object(fields.take("text") or {}, "text", fields)
+    text = Fields(fields.mapping("text") or {}, "text.", parent=fields)
     form = text.mapping("format")
     text.ignore("verbosity", ("medium",))
     text.report()

@@ -6,6 +6,7 @@ import secrets
 from functools import lru_cache
 from pathlib import Path
 
+from anyio import CapacityLimiter
 from platformdirs import user_data_path
 
 from headrace import __version__
@@ -44,6 +45,8 @@ class Service:
         self.metrics = Metrics(self.stats.snapshots, self.batches.count)
         tracer = open_tracer(options.otel_endpoint)
         self.observer = Observer(self.metrics, tracer, self.tally, options.log_content)
+        # Of threads that compile large grammars.
+        self.compiling = CapacityLimiter(2)
         self.draining = False
 
     def defaults(self, llm: LLM) -> SamplingParams:

@@ -86,7 +86,7 @@ class Worker:
     def _run(self) -> None:
         try:
             llm = LLM(**asdict(self._pace.fit(self.options)))
-            self._pace.apply(llm.engine)
+            self._pace.take(llm.engine)
         except BaseException as error:
             self.ready.set_exception(error)
             return
@@ -113,6 +113,7 @@ class Worker:
     def _step(self, engine: Engine) -> None:
         try:
             with self._turns.take():
+                self._pace.shift(engine, bool(self.exchanges))
                 finished = engine.step()
         except Exception as error:
             # A fault of ours, or no memory: those who are here hear of it, those who come find an empty engine.

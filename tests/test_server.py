@@ -10,17 +10,23 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from jobs import batch_row, read_lines, run, write_lines
+from jobs import batch_row, engine_options, read_lines, run, write_lines
 from servers import RunningServer, serving
+from tiny import make_tiny_model
 
 from headrace.checkpoint import open_checkpoint
 from headrace.llm import LLM
+from headrace.options import SamplingOptions, ServeOptions
+from headrace.server.keys import Key, add_key
+from headrace.server.models import Models
+from headrace.server.service import Service
 
 ASK = [{"role": "user", "content": "What does the wheel grind?"}]
 TOOL = {
@@ -324,8 +330,6 @@ def test_a_full_queue_says_when_to_come_back(tiny_model: Path, tmp_path: Path) -
 
 
 def test_keys_are_asked_for_and_kept_apart(tiny_model: Path, tmp_path: Path) -> None:
-    from headrace.server.keys import Key, add_key
-
     file = tmp_path / "keys.toml"
     tokens = [add_key(file, Key(name, requests_per_minute=limit)) for name, limit in (("ann", None), ("ben", 1))]
     flags = ("--api-key-file", str(file), "--data", str(tmp_path / "data"))
@@ -366,9 +370,25 @@ def test_sigterm_lets_a_stream_end(tiny_model: Path, tmp_path: Path) -> None:
         assert server.process.wait(30) == 0
 
 
-def test_a_second_model_is_loaded_when_asked_for(tiny_model: Path, tmp_path: Path) -> None:
-    from tiny import make_tiny_model
+def test_the_model_s_makers_and_then_the_user_say_how_to_sample(tiny_model: Path, tmp_path: Path) -> None:
+    advised = make_tiny_model(tmp_path / "advised")
+    advice = {"do_sample": True, "temperature": 0.3, "top_k": 20, "max_length": 4096}
+    (advised / "generation_config.json").write_text(json.dumps(advice))
+    options = ServeOptions(data=str(tmp_path / "data"))
+    for model, temperature, top_k in ((advised, 0.3, 20), (tiny_model, 1.0, 0)):
+        engine = engine_options(model)
+        with LLM(**asdict(engine)) as llm:
+            service = Service(options, SamplingOptions(temperature=1.0), Models(engine, options))
+            plain = service.defaults(llm)
+            assert (plain.temperature, plain.top_k) == (temperature, top_k) and plain.max_tokens == llm.context_length
+            chosen = SamplingOptions(temperature=0.7, max_tokens=5)
+            service.sampling, service.chosen = chosen, frozenset({"temperature", "max_tokens"})
+            given = service.defaults(llm)
+            assert (given.temperature, given.top_k, given.max_tokens) == (0.7, top_k, 5)
+            service.batches.store.close()
 
+
+def test_a_second_model_is_loaded_when_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     other = make_tiny_model(tmp_path / "other", seed=9)
     flags = ("--also", str(other), "--idle-seconds", "0", "--data", str(tmp_path / "data"))
     with serving(tiny_model, *flags) as server, server.client() as client:

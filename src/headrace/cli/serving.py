@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from headrace.cli.config import fill
+from headrace.cli.config import fill, read_config
 from headrace.cli.settings import SERVE
 
 # Where a request says nothing: as OpenAI's API has it, not as rows of a job.
@@ -15,8 +15,9 @@ DEFAULTS = {"temperature": 1.0, "schedule": "interactive"}
 def serve(config: Path | None, **flags: object) -> None:
     """Answer OpenAI's and Anthropic's APIs over HTTP, batches included, with a page that shows how busy it is.
 
-    It listens on this machine only, unless --host says otherwise. Where a request says nothing, answers are drawn with
-    temperature 1 and may be as long as the context allows. Batches run while nothing else does.
+    It listens on this machine only, unless --host says otherwise. Where a request says nothing, answers are drawn as
+    the model's generation_config.json advises, else with temperature 1, and may be as long as the context allows.
+    Batches run while nothing else does.
 
     \b
     Examples:
@@ -25,8 +26,9 @@ def serve(config: Path | None, **flags: object) -> None:
       headrace key alice && headrace serve --host 0.0.0.0 --api-key-file keys.toml
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    chosen = frozenset(given) | frozenset(read_config(config, SERVE) if config else ())
     engine, sampling, options = fill(SERVE, given, config, DEFAULTS)
     from headrace.server.serve import serve as answer
 
     gc.freeze()
-    answer(engine, sampling, options)
+    answer(engine, sampling, options, chosen)

@@ -31,20 +31,29 @@ MOST_HEADER_BYTES = 64 * 1024
 MOST_CONNECTIONS = 4096
 
 
-def serve(engine: EngineOptions, sampling: SamplingOptions, options: ServeOptions) -> None:
-    """Answer until SIGTERM or Ctrl-C. Raises InputError or ModelError for what keeps it from starting."""
+def serve(
+    engine: EngineOptions, sampling: SamplingOptions, options: ServeOptions, chosen: frozenset[str] = frozenset()
+) -> None:
+    """Answer until SIGTERM or Ctrl-C. `chosen` are the settings of sampling that the user gave.
+
+    Raises InputError or ModelError for what keeps it from starting.
+    """
     configure_logging(options.log_json)
     sys.setswitchinterval(SWITCH_SECONDS)
     with open_socket(options) as listener:
-        asyncio.run(answer_all(engine, sampling, options, listener))
+        asyncio.run(answer_all(engine, sampling, options, chosen, listener))
 
 
 async def answer_all(
-    engine: EngineOptions, sampling: SamplingOptions, options: ServeOptions, listener: socket.socket
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    options: ServeOptions,
+    chosen: frozenset[str],
+    listener: socket.socket,
 ) -> None:
     keys = None if options.api_key_file is None else read_keys(Path(options.api_key_file))
     models = Models(engine, options)
-    service = Service(options, sampling, models, keys)
+    service = Service(options, sampling, models, keys, chosen)
     models.start()
     try:
         await asyncio.wrap_future(models.workers[models.first].ready)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,8 @@ from anyio import CapacityLimiter
 from platformdirs import user_data_path
 
 from headrace import __version__
+from headrace.checkpoint import open_checkpoint
+from headrace.checkpoint.advice import FILE, read_advice
 from headrace.core import InputError, SamplingParams
 from headrace.job.intake import name_system
 from headrace.llm import LLM
@@ -26,16 +29,27 @@ from headrace.server.store import Store
 from headrace.server.tracing import open_tracer
 from headrace.server.worker import Worker
 
+LOG = logging.getLogger("headrace.server")
+
 
 class Service:
     """See the module. Belongs to the event loop."""
 
     def __init__(
-        self, options: ServeOptions, sampling: SamplingOptions, models: Models, keys: Keys | None = None
+        self,
+        options: ServeOptions,
+        sampling: SamplingOptions,
+        models: Models,
+        keys: Keys | None = None,
+        chosen: frozenset[str] = frozenset(),
     ) -> None:
-        """Raises InputError where the folder for files and batches cannot be used, or an extra is missing."""
+        """`chosen` are the settings of sampling that the user gave.
+
+        Raises InputError where the folder for files and batches cannot be used, or an extra is missing.
+        """
         self.options = options
         self.sampling = sampling
+        self.chosen = chosen
         self.models = models
         self.keys = keys
         self.tally = Tally()
@@ -50,8 +64,11 @@ class Service:
         self.draining = False
 
     def defaults(self, llm: LLM) -> SamplingParams:
-        """What a request that says nothing asks for: an answer may be as long as the context allows."""
-        return SamplingParams(**(vars(self.sampling) | {"max_tokens": llm.context_length}))
+        """What a request that says nothing asks for: what the user chose, else what the model's makers advise; and an
+        answer may be as long as the context allows."""
+        others = {"max_tokens": llm.context_length} | find_advice(llm)
+        others = {name: value for name, value in others.items() if name not in self.chosen}
+        return SamplingParams(**(vars(self.sampling) | others))
 
     def admit(self, worker: Worker, answers: int) -> None:
         """Raises ApiError: 429 where so many more answers would make the queue too long, 503 while closing."""
@@ -70,6 +87,19 @@ def name_fingerprint(llm: LLM) -> str:
     """OpenAI's system_fingerprint, as `headrace run` writes it."""
     facts = {name: llm.resolved[name] or None for name in ("precision", "weights", "kernels", "device")}
     return name_system({**facts, "model": llm.model_hash, "version of headrace": __version__})
+
+
+@lru_cache(maxsize=16)
+def find_advice(llm: LLM) -> dict[str, float]:
+    """How the model's makers would have it sampled, as far as that can be done."""
+    path = open_checkpoint(llm.options.model).path
+    advice = read_advice(path)
+    try:
+        SamplingParams(**advice)  # type: ignore[arg-type]
+    except ValueError as error:
+        LOG.warning("%s advises what cannot be done, and is left out: %s", path / FILE, error)
+        return {}
+    return advice
 
 
 def find_folder(options: ServeOptions) -> Path:

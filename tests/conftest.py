@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from servers import RunningServer, serving
 from tiny import make_tiny_model
 
 from headrace.checkpoint.sources import pull
@@ -36,3 +38,10 @@ def smollm2_path() -> Path:
 def gemma_path() -> Path:
     """The real Gemma 3 270M base model as a .gguf file, pulled if it is missing."""
     return pull("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A real server of the tiny model, in a process of its own."""
+    with serving(tiny_model, "--data", str(tmp_path_factory.mktemp("data"))) as running:
+        yield running

@@ -45,12 +45,6 @@ TOOL = {
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with serving(tiny_model, "--data", str(tmp_path_factory.mktemp("data"))) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def client(server: RunningServer) -> Iterator[httpx.Client]:
     with server.client() as found:
         yield found

@@ -64,12 +64,6 @@ CHAT_TALK = [
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with serving(tiny_model, "--data", str(tmp_path_factory.mktemp("data"))) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def http(server: RunningServer) -> Iterator[httpx.Client]:
     with server.client() as client:
         yield client

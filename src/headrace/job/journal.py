@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from headrace.core import InputError
+from headrace.job.database import prepare_database
 from headrace.job.records import Answer, Record, Traits, find_traits
 
 FORMAT = 1
@@ -53,22 +54,14 @@ class Journal:
         self.path = path
         try:
             self._database = sqlite3.connect(path, isolation_level=None)
-            self._prepare()
+            complaint = f"{path} is of another version of Headrace: finish with that one or give --fresh"
+            prepare_database(self._database, SCHEMA, FORMAT, complaint)
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
             raise InputError(f"{path} is not a journal of Headrace ({error}): move it away or give --fresh") from None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Record)
-
-    def _prepare(self) -> None:
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=FULL")
-        version = self._database.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={FORMAT}; COMMIT;")
-        elif version != FORMAT:
-            raise InputError(f"{self.path} is of another version of Headrace: finish with that one or give --fresh")
 
     def read_meta(self, name: str) -> Any:
         """A value kept under this name, or None."""

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from headrace.core import Request
 from headrace.engine.deltas import Delta
 from headrace.job.bodies import call_id, chat_choice, chat_logprobs
-from headrace.job.drafts import Draft
 from headrace.job.openai import CHAT
 from headrace.job.records import make_answer, spell_logprobs
 from headrace.job.tool_stream import CallStarted, Event, Text
 from headrace.server.answers import count_usage
 from headrace.server.calls import Call, answer, open_call
-from headrace.server.errors import ApiError, describe_error
-from headrace.server.exchange import Exchange
+from headrace.server.chunks import describe, stream_chunks, take_stream
 from headrace.server.replies import ReplyReader
-from headrace.server.service import make_id, name_fingerprint
+from headrace.server.service import make_id
 from headrace.server.streams import EventStream
-
-ENCODER = msgspec.json.Encoder()
-DONE = b"data: [DONE]\n\n"
-ALIVE = b": alive\n\n"
 
 
 async def create_chat(http: HttpRequest) -> Response:
@@ -42,53 +35,16 @@ async def create_chat(http: HttpRequest) -> Response:
         return answer(describe(call, name, "chat.completion", draft, choices=choices, usage=usage))
     (exchange,) = call.begin([request])
     await call.start(exchange)
-    return EventStream(stream_chat(call, exchange, draft, request, with_usage), call.drop)
-
-
-def take_stream(body: dict[str, Any]) -> tuple[bool, bool]:
-    """Take `stream` and `stream_options` out of a body: whether to stream, and whether to end with the usage."""
-    stream, options = body.pop("stream", None), body.pop("stream_options", None)
-    if stream is not None and not isinstance(stream, bool):
-        raise ApiError(400, "invalid_value", "stream must be true or false", "stream")
-    if options is not None and (not isinstance(options, dict) or not stream):
-        raise ApiError(400, "invalid_value", "stream_options must be an object, and needs stream", "stream_options")
-    usage = (options or {}).get("include_usage", False)
-    if not isinstance(usage, bool):
-        raise ApiError(400, "invalid_value", "stream_options.include_usage must be true or false", "stream_options")
-    return bool(stream), usage
-
-
-def describe(call: Call, name: str, kind: str, draft: Draft, **values: Any) -> dict[str, Any]:
-    """What every answer and chunk says, and `values`."""
-    body = {"id": name, "object": kind, "created": call.created, "model": call.model}
-    body |= {"system_fingerprint": name_fingerprint(call.llm), **values}
-    if "service_tier" in call.body:
-        body["service_tier"] = "default" if call.body["service_tier"] == "auto" else call.body["service_tier"]
-    return body | ({"warnings": list(draft.warnings)} if draft.warnings else {})
-
-
-async def stream_chat(
-    call: Call, exchange: Exchange, draft: Draft, request: Request, with_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        extra = {"usage": usage} if with_usage else {}
-        return encode_event(describe(call, request.id, "chat.completion.chunk", draft, choices=choices, **extra))
-
     readers = [ReplyReader(draft.format) for _ in range(request.params.n)]
-    try:
-        for index in range(request.params.n):
-            yield event([chunk_choice(index, {"role": "assistant", "content": "", "refusal": None})])
-        async for deltas in call.follow(exchange):
-            for delta in deltas:
-                for choice in chat_chunks(call, request.id, delta, readers[delta.index]):
-                    yield event([choice])
-            if not deltas:
-                yield ALIVE
-        if with_usage:
-            yield event([], count_usage([await exchange.result()]))
-    except ApiError as error:
-        yield encode_event(describe_error(error))
-    yield DONE
+    events = stream_chunks(
+        call,
+        exchange,
+        partial(describe, call, name, "chat.completion.chunk", draft),
+        [chunk_choice(index, {"role": "assistant", "content": "", "refusal": None}) for index in range(len(readers))],
+        lambda delta: chat_chunks(call, name, delta, readers[delta.index]),
+        with_usage,
+    )
+    return EventStream(events, call.drop)
 
 
 def chat_chunks(call: Call, name: str, delta: Delta, reader: ReplyReader) -> Iterator[dict[str, Any]]:
@@ -120,7 +76,3 @@ def chunk_choice(
     index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-def encode_event(body: dict[str, Any]) -> bytes:
-    return b"data: " + ENCODER.encode(body) + b"\n\n"

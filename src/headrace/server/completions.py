@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -18,8 +19,8 @@ from headrace.job.openai import COMPLETIONS
 from headrace.job.records import make_answer, spell_logprobs
 from headrace.server.answers import count_usage, echo_logprobs, join_logprobs
 from headrace.server.calls import Call, answer, open_call
-from headrace.server.chat import ALIVE, DONE, describe, encode_event, take_stream
-from headrace.server.errors import ApiError, describe_error
+from headrace.server.chunks import describe, stream_chunks, take_stream
+from headrace.server.errors import ApiError
 from headrace.server.exchange import Exchange
 from headrace.server.service import make_id
 from headrace.server.streams import EventStream
@@ -111,37 +112,28 @@ async def start_stream(call: Call, asked: list[tuple[Draft, Request]], with_usag
         raise ApiError(400, "invalid_value", "echo together with logprobs cannot be streamed", "echo")
     (exchange,) = call.begin([request])
     await call.start(exchange)
-    return EventStream(stream_completion(call, exchange, draft, with_usage), call.drop)
+    prefix = read_prefix(call, draft)
+    events = stream_chunks(
+        call,
+        exchange,
+        partial(describe, call, request.id, "text_completion", draft),
+        [make_choice(index, prefix, None, None) for index in range(request.params.n if prefix else 0)],
+        read_chunks(call, exchange, prefix),
+        with_usage,
+    )
+    return EventStream(events, call.drop)
 
 
-async def stream_completion(
-    call: Call, exchange: Exchange, draft: Draft, with_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    name, params, prefix = exchange.request.id, exchange.request.params, read_prefix(call, draft)
-    places = [len(prefix)] * params.n
+def read_chunks(call: Call, exchange: Exchange, prefix: str) -> Callable[[Delta], list[dict[str, Any]]]:
+    """How each delta becomes a choice; it remembers where in the text the next token's log probability stands."""
+    places = [len(prefix)] * exchange.request.params.n
 
-    def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        extra = {"usage": usage} if with_usage else {}
-        return encode_event(describe(call, name, "text_completion", draft, choices=choices, **extra))
-
-    def make_chunk(delta: Delta) -> dict[str, Any]:
+    def read(delta: Delta) -> list[dict[str, Any]]:
         logprobs = None
         if delta.logprobs is not None:
             tokens = spell_logprobs(delta.logprobs, call.llm.token_bytes)
             logprobs = completion_logprobs(tokens, places[delta.index])
             places[delta.index] += sum(map(len, logprobs["tokens"]))
-        return make_choice(delta.index, delta.text, logprobs, delta.finish_reason)
+        return [make_choice(delta.index, delta.text, logprobs, delta.finish_reason)]
 
-    try:
-        if prefix:
-            yield event([make_choice(index, prefix, None, None) for index in range(params.n)])
-        async for deltas in call.follow(exchange):
-            for delta in deltas:
-                yield event([make_chunk(delta)])
-            if not deltas:
-                yield ALIVE
-        if with_usage:
-            yield event([], count_usage([await exchange.result()]))
-    except ApiError as error:
-        yield encode_event(describe_error(error))
-    yield DONE
+    return read

@@ -20,7 +20,7 @@ from headrace.job.drafts import Draft
 from headrace.job.openai import CHAT
 from headrace.job.records import spell_logprobs
 from headrace.server.calls import Call, answer, open_call
-from headrace.server.chat import ALIVE
+from headrace.server.chunks import ALIVE
 from headrace.server.errors import ApiError, from_row_error
 from headrace.server.exchange import Exchange
 from headrace.server.projections import Asked, encode_event, make_delta

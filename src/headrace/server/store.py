@@ -24,6 +24,7 @@ from typing import IO, Any
 import msgspec
 
 from headrace.core import InputError
+from headrace.job.database import prepare_database
 from headrace.job.results import flush_folder, replace_file
 from headrace.job.stop import lock_output
 from headrace.server.batch_object import Batch, FileObject
@@ -64,7 +65,9 @@ class Store:
             self._held.enter_context(hold_folder(folder))
             self._database = sqlite3.connect(folder / "server.sqlite", isolation_level=None, check_same_thread=False)
             self._held.callback(self._database.close)
-            self._prepare()
+            prepare_database(
+                self._database, SCHEMA, FORMAT, f"{folder} is of another version of Headrace: choose another folder"
+            )
             self._sweep()
         except (OSError, sqlite3.Error) as error:
             self._held.close()
@@ -194,15 +197,6 @@ class Store:
         return batch
 
     # The disk.
-
-    def _prepare(self) -> None:
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=FULL")
-        version = self._database.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={FORMAT}; COMMIT;")
-        elif version != FORMAT:
-            raise InputError(f"{self.folder} is of another version of Headrace: choose another folder for its data")
 
     def _sweep(self) -> None:
         """Remove what a process that was killed had not finished, or had not yet removed."""

@@ -17,13 +17,13 @@ import typer
 from headrace import __version__
 from headrace.cli.chatting import chat
 from headrace.cli.config import default_output, resolve
-from headrace.cli.flags import CONFIG, add_settings, make_parameter, sign
+from headrace.cli.flags import CONFIG, add_settings, sign
 from headrace.cli.grouped import GroupedCommand
 from headrace.cli.keys import key
 from headrace.cli.measuring import bench, judge, quantize, report
 from headrace.cli.planning import PLAN_FLAGS, plan, tune
+from headrace.cli.serving import FLAGS as SERVE_FLAGS
 from headrace.cli.serving import serve
-from headrace.cli.settings import SERVE, all_settings
 
 app = typer.Typer(
     name="headrace",
@@ -78,7 +78,7 @@ def run(input: str, output: str | None, config: Path | None, **flags: object) ->
 app.command(cls=GroupedCommand)(add_settings(run))
 app.command(cls=GroupedCommand)(add_settings(plan, PLAN_FLAGS))
 app.command(cls=GroupedCommand)(tune)
-app.command(cls=GroupedCommand)(sign(serve, [CONFIG, *map(make_parameter, all_settings(SERVE))]))
+app.command(cls=GroupedCommand)(sign(serve, [CONFIG, *SERVE_FLAGS]))
 app.command(cls=GroupedCommand)(chat)
 app.command(cls=GroupedCommand)(key)
 app.command(cls=GroupedCommand)(report)

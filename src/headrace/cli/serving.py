@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from pathlib import Path
 
 from headrace.cli.config import fill, read_config
-from headrace.cli.settings import SERVE
+from headrace.cli.flags import make_parameter
+from headrace.cli.settings import SERVE, all_settings
 
 # Where a request says nothing: as OpenAI's API has it, not as rows of a job.
 DEFAULTS = {"temperature": 1.0, "schedule": "interactive"}
+# As help shows it: max_tokens is what the context leaves.
+SHOWN = DEFAULTS | {"max_tokens": None}
+FLAGS = [
+    make_parameter(dataclasses.replace(each, default=SHOWN.get(each.name, each.default)))
+    for each in all_settings(SERVE)
+]
 
 
 def serve(config: Path | None, **flags: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -18,9 +19,11 @@ from headrace.server.access_log import configure_logging
 from headrace.server.app import build_app, make_address
 from headrace.server.connections import limit_heads
 from headrace.server.keys import read_keys
+from headrace.server.limits import is_loopback
 from headrace.server.models import Models
 from headrace.server.service import Service
 
+LOG = logging.getLogger("headrace.server")
 # Seconds that requests have to end in after a signal.
 DRAIN_SECONDS = 30
 # Between two kernels the engine's thread takes the interpreter's lock again, hundreds of times a step. With Python's
@@ -52,6 +55,8 @@ async def answer_all(
     listener: socket.socket,
 ) -> None:
     keys = None if options.api_key_file is None else read_keys(Path(options.api_key_file))
+    if keys is None and not is_loopback(options.host):
+        LOG.warning("anyone who reaches %s may use this server: --api-key-file asks for keys", options.host)
     models = Models(engine, options)
     service = Service(options, sampling, models, keys, chosen)
     models.start()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from jobs import engine_options
 from step_times import TIMES
 
+from headrace.core import Request, SamplingParams, Sequence
 from headrace.llm import LLM
 from headrace.options import ServeOptions
 from headrace.server import pace
 from headrace.server.pace import CALM_SECONDS, GENTLE_UNMEASURED, UNMEASURED, Pace
+from headrace.server.patience import Patience, choose_seconds
 
 
 def test_batches_take_short_steps_until_clients_have_been_gone_for_long(tiny_model: Path) -> None:
@@ -20,7 +23,10 @@ def test_batches_take_short_steps_until_clients_have_been_gone_for_long(tiny_mod
     mine = Pace(ServeOptions(short_prefill=99, program_seconds=3.0), clock=lambda: now[0])
     with LLM(**asdict(mine.fit(engine_options(tiny_model)))) as llm:
         mine.take(llm.engine)
-        assert llm.engine.keep_seconds == 3.0 and llm.engine.state.limits.short_prefill == 99
+        turn = Request("a", (1, 2), SamplingParams(), program="talk")
+        assert llm.engine.keep(Sequence(turn, 0, 0, [1, 2])) == 3.0
+        assert llm.engine.keep(Sequence(replace(turn, program=""), 0, 0, [1, 2])) == 0.0
+        assert llm.engine.state.limits.short_prefill == 99
 
         def step_tokens(clients: bool) -> int:
             mine.shift(llm.engine, clients)
@@ -39,3 +45,31 @@ def test_measured_steps_keep_to_the_target(tiny_model: Path, monkeypatch: pytest
     options = engine_options(tiny_model, step_tokens=1024)
     for target in (0.02, 0.2, 2.0):
         assert Pace(ServeOptions(itl_target=target)).fit(options).step_tokens == TIMES.most_tokens(target, 1024)
+
+
+def test_what_is_kept_is_worth_it() -> None:
+    gaps = [0.1] * 90 + [30.0] * 10
+    assert choose_seconds(gaps, benefit=1.0) == 0.1
+    assert choose_seconds(gaps, benefit=0.05) == 0.0
+    assert choose_seconds(gaps, benefit=1000.0) == 30.0
+    assert choose_seconds([2.0, 2.0], benefit=2.0 * math.e) == pytest.approx(2.0)
+    assert choose_seconds([2.0], benefit=1.0) == choose_seconds([], benefit=1.0) == 0.0
+
+
+def test_patience_is_learned_from_turns() -> None:
+    now = [0.0]
+    patience, turn = (
+        Patience(2.0, learned=True, clock=lambda: now[0]),
+        Request("a", (1,), SamplingParams(), program="p"),
+    )
+    assert patience.end(turn, reload_seconds=1.0) == 2.0
+    for _ in range(150):
+        now[0] += 0.25
+        patience.note_arrival(turn)
+        patience.end(turn, reload_seconds=1.0)
+    assert patience.end(turn, reload_seconds=1.0) == pytest.approx(0.25)
+    assert patience.end(turn, reload_seconds=0.01) == 0.0
+    patience.note_wait(3.0)
+    assert patience.end(turn, reload_seconds=0.01) == pytest.approx(0.25)
+    patience.note_arrival(replace(turn, owner="another"))
+    assert patience.end(replace(turn, program=""), reload_seconds=9.0) == 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
@@ -173,6 +173,21 @@ def test_a_talk_with_tools_goes_on(http: httpx.Client, client: anthropic.Anthrop
     assert join_text(second) and second.stop_reason in ("end_turn", "max_tokens")
 
 
+def test_the_clients_own_tool_runner(client: anthropic.Anthropic) -> None:
+    gates: list[int] = []
+
+    @anthropic.beta_tool
+    def open_gate(gate: Literal[1, 2]) -> str:
+        """Open a gate of the mill."""
+        gates.append(gate)
+        return "open"
+
+    asked = fields(max_tokens=300, tool_choice={"type": "any"})
+    runner = client.beta.messages.tool_runner(**asked, tools=[open_gate], max_iterations=2)
+    assert [message.stop_reason for message in runner] == ["tool_use", "tool_use"]
+    assert len(gates) >= 1
+
+
 def test_a_stop_sequence_ends_the_answer_and_is_named(client: anthropic.Anthropic) -> None:
     text = join_text(client.messages.create(**fields()))
     stop = text[6:8]
@@ -262,6 +277,7 @@ REFUSED = [
     ({"metadata": {"team": "mill"}}, "metadata.team"),
     ({"service_tier": "priority"}, "service_tier"),
     ({"mcp_servers": [{}]}, "mcp_servers"),
+    ({"thread": {"type": "create"}}, "thread"),
     ({"n": 2}, "n"),
 ]
 
@@ -334,5 +350,10 @@ def test_an_error_in_a_stream_is_an_event(tmp_path: Path) -> None:
     name, data = answer.text.strip().split("\n\n")[-1].split("\n")
     assert name == "event: error"
     assert json.loads(data.removeprefix("data: ")) == {
-        "type": "error", "error": {"type": "api_error", "message": "the request took longer than 1 s"},
-    }  # fmt: skip
+        "type": "error",
+        "error": {
+            "type": "api_error",
+            "message": "the request took longer than 1 s",
+            "details": {"error_code": "timeout"},
+        },
+    }

@@ -179,6 +179,9 @@ class ServeOptions(Options):
         "Keep the KV of a conversation so long for its next turn, if the client names it by prompt_cache_key.",
         low=0,
     )
+    program_learned: bool = setting(
+        False, "Learn from earlier turns how long that should be, beginning with program_seconds."
+    )
     max_queue: int = setting(256, "Requests that may wait; more are told to come back later (429).", low=0)
     request_timeout: float = setting(600.0, "Most seconds for one request, from its arrival to its last token.", low=1)
     deadline: float | None = setting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
 import torch
@@ -52,8 +53,8 @@ class Engine:
             kv_bytes_per_token=cache.bytes_per_token, kv_budget_bytes=cache.num_blocks * cache.block_bytes
         )
         self.compiler = ConstraintCompiler(tokenizer, model.config.vocab_size)
-        # How long the KV of a program stays for its next turn.
-        self.keep_seconds = 0.0
+        # For how many seconds the KV of a program stays for its next turn, once this one has ended.
+        self.keep: Callable[[Sequence], float] = keep_nothing
         self._generations: dict[int, Generation] = {}
         self._requests: dict[str, list[Generation]] = {}
         self._numbers = 0
@@ -209,7 +210,8 @@ class Engine:
         sequence = generation.sequence
         if sequence.number not in self._generations:
             return None
-        finish(sequence, self.state, time.monotonic() + self.keep_seconds if self.keep_seconds else None)
+        seconds = self.keep(sequence)
+        finish(sequence, self.state, time.monotonic() + seconds if seconds > 0 else None)
         del self._generations[sequence.number]
         generations = self._requests[sequence.request.id]
         if generation.error is None and any(each.sequence.number in self._generations for each in generations):
@@ -235,3 +237,8 @@ class Engine:
             cached_tokens=first.sequence.cached_tokens,
             error=next((generation.error for generation in generations if generation.error), None),
         )
+
+
+def keep_nothing(sequence: Sequence) -> float:
+    """No program is known to go on."""
+    return 0.0

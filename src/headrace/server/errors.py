@@ -43,7 +43,8 @@ def describe_error(error: ApiError, anthropic: bool = False) -> dict[str, object
         message = f"{message[:LONGEST_MESSAGE]} ..."
     openai_type, anthropic_type = TYPES.get(error.status) or OTHER[4 if error.status < 500 else 5]
     if anthropic:
-        return {"type": "error", "error": {"type": anthropic_type, "message": message}}
+        details = {"error_code": error.code}
+        return {"type": "error", "error": {"type": anthropic_type, "message": message, "details": details}}
     return {"error": {"message": message, "type": openai_type, "param": error.param, "code": error.code}}
 
 

@@ -27,6 +27,8 @@ from headrace.server.projections import (
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 TIERS = ("auto", "standard_only")
 MOST_STOPS = 16
+# By this word clients know that they are to send whole conversations.
+UNTHREADED = "thread_unsupported_request"
 
 
 def read_message_body(values: Mapping[str, Any], unknown: Unknown, counting: bool = False) -> Asked:
@@ -35,6 +37,8 @@ def read_message_body(values: Mapping[str, Any], unknown: Unknown, counting: boo
     Raises RowError, naming the field, for what cannot be done; `unknown` says what becomes of unknown fields.
     """
     fields = Fields(values, "")
+    if fields.has("thread"):
+        raise RowError(UNTHREADED, "thread: no conversation is stored here; send all its messages")
     body = read_conversation(fields) | read_tools(fields) | read_form(fields) | take_extras(fields)
     body |= read_sampling(fields, counting)
     stream = fields.switch("stream") or False

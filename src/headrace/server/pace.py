@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from headrace.checkpoint import open_checkpoint
+from headrace.core import Sequence
 from headrace.engine.engine import Engine
 from headrace.engine.loading import choose
 from headrace.meter.step_time import StepTime, describe_setting, load_step_time
 from headrace.options import EngineOptions, ServeOptions
 from headrace.schedule.state import Limits
+from headrace.server.patience import Patience
 
 LOG = logging.getLogger("headrace.server")
 # Tokens a step on a machine whose steps nobody has measured: a tenth of a second for 100 million parameters.
@@ -37,6 +39,7 @@ class Pace:
         self._measured: StepTime | None = None
         self._limits = self._gentle = Limits(1, 1)
         self._busy_until = -1.0
+        self.patience = Patience(serve.program_seconds, serve.program_learned, clock)
 
     def fit(self, options: EngineOptions) -> EngineOptions:
         """The options with `step_tokens` such that no step takes longer than the target, contexts being short.
@@ -64,7 +67,13 @@ class Pace:
             few = self._measured.most_tokens(GENTLE_SECONDS, most)
         self._gentle = replace(self._limits, step_tokens=few)
         engine.state.limits = self._limits
-        engine.keep_seconds = self._serve.program_seconds
+        prefill = engine.meter.phases["prefill"]
+
+        def keep(sequence: Sequence) -> float:
+            each = prefill.seconds / prefill.tokens if prefill.tokens else 0.0
+            return self.patience.end(sequence.request, each * len(sequence.tokens))
+
+        engine.keep = keep
 
     def shift(self, engine: Engine, clients: bool) -> None:
         """Set the bounds of the next step; `clients`: someone waits for an answer, it is not for batches alone."""

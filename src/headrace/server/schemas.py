@@ -141,6 +141,7 @@ COUNTED_BODY = record(
         "metadata": nullable("object", properties={"user_id": nullable("string")}),
         "service_tier": {"enum": ["auto", "standard_only", None]},
         "thinking": only({"type": "disabled"}),
+        "thread": only(),
         "cache_control": {},
     },
     "messages",

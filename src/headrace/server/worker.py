@@ -129,6 +129,7 @@ class Worker:
         outputs = engine.peek(name)
         if exchange.timing.begun is None and engine.has_begun(name):
             exchange.timing.begun = time.perf_counter()
+            self._pace.patience.note_wait(exchange.timing.begun - exchange.timing.submitted)
         return exchange.advance(outputs)
 
     def _finish(self, output: RequestOutput) -> Exchange | None:
@@ -140,6 +141,7 @@ class Worker:
 
     def _add(self, request: Request, receiver: Exchange | Receiver) -> None:
         self.last_used = time.monotonic()
+        self._pace.patience.note_arrival(request)
         try:
             self.ready.result().engine.add(request)
         except (RowError, ValueError) as error:

@@ -58,10 +58,8 @@ def test_what_is_kept_is_worth_it() -> None:
 
 def test_patience_is_learned_from_turns() -> None:
     now = [0.0]
-    patience, turn = (
-        Patience(2.0, learned=True, clock=lambda: now[0]),
-        Request("a", (1,), SamplingParams(), program="p"),
-    )
+    patience = Patience(2.0, learned=True, clock=lambda: now[0])
+    turn = Request("a", (1,), SamplingParams(), program="p")
     assert patience.end(turn, reload_seconds=1.0) == 2.0
     for _ in range(150):
         now[0] += 0.25

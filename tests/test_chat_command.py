@@ -439,6 +439,8 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.process, self.end = pty.fork()
         if self.process == 0:
+            # A test run in the background may have been told to ignore Ctrl-C, and its children would be.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execv(PROGRAM[0], [*PROGRAM, *arguments])
         self.seen = ""
 

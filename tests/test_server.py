@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -22,11 +23,16 @@ from servers import RunningServer, serving
 from tiny import make_tiny_model
 
 from headrace.checkpoint import open_checkpoint
+from headrace.core import HeadraceError, Request, SamplingParams
 from headrace.llm import LLM
 from headrace.options import SamplingOptions, ServeOptions
+from headrace.server.exchange import Exchange
 from headrace.server.keys import Key, add_key
 from headrace.server.models import Models
+from headrace.server.pace import Pace
 from headrace.server.service import Service
+from headrace.server.turns import Turns
+from headrace.server.worker import Worker
 
 ASK = [{"role": "user", "content": "What does the wheel grind?"}]
 TOOL = {
@@ -395,6 +401,21 @@ def test_a_second_model_is_loaded_when_asked_for(tiny_model: Path, tmp_path: Pat
                 return
             time.sleep(0.1)
         raise AssertionError("the idle model stays loaded")
+
+
+def test_a_request_to_a_model_that_was_just_freed_fails(tiny_model: Path) -> None:
+    async def ask() -> BaseException:
+        options = ServeOptions()
+        worker = Worker(engine_options(tiny_model), Pace(options), asyncio.get_running_loop(), Turns())
+        llm = await asyncio.wrap_future(worker.ready)
+        await asyncio.to_thread(worker.close)
+        exchange = Exchange(Request("late", (5, 6), SamplingParams()), llm.tokenizer)
+        worker.submit(exchange.request, exchange)
+        with pytest.raises(HeadraceError) as failure:
+            await asyncio.wait_for(exchange.result(), 10)
+        return failure.value
+
+    assert "ask again" in str(asyncio.run(ask()))
 
 
 def test_a_taken_port_and_a_wrong_model_are_said_at_once(

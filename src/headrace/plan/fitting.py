@@ -29,7 +29,7 @@ Tell = Callable[[str], None]
 
 
 class Prober:
-    """Makes an engine compute steps of a wanted form and times them. Its cache is empty before and after."""
+    """Makes an engine compute steps of a wanted form and times them. Nothing runs before and after."""
 
     def __init__(self, llm: LLM) -> None:
         self.engine = llm.engine

@@ -127,7 +127,7 @@ class Models:
         found = [
             (name, worker)
             for name, worker in self.workers.items()
-            if name != self.first and worker.ready.done() and worker.idle and not self._holds[name]
+            if name != self.first and worker.ready.done() and worker.idle and not worker.held and not self._holds[name]
         ]
         return sorted(found, key=lambda pair: pair[1].last_used)
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Literal, Protocol
 
 from headrace.core import HeadraceError, Request, RowError
 from headrace.engine.engine import Engine
@@ -27,6 +27,7 @@ from headrace.server.turns import Turns
 
 LOG = logging.getLogger("headrace.server")
 Command = Callable[[], None]
+CLOSED = HeadraceError("the model has just been freed, or the server is closing: ask again")
 
 
 class Receiver(Protocol):
@@ -55,13 +56,16 @@ class Worker:
         self._loop = loop
         self._turns = turns
         self._commands: SimpleQueue[Command] = SimpleQueue()
-        self._closing = False
+        self._phase: Literal["open", "closing", "closed"] = "open"
         self._thread = threading.Thread(target=self._run, name=f"headrace {options.model}", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, receiver: Exchange | Receiver) -> None:
-        """Bring a request, whose id nobody else has, to the engine before its next step."""
+        """Bring a request, whose id nobody else has, to the engine before its next step. It fails if that is closed."""
         self._commands.put(lambda: self._add(request, receiver))
+        # Looked at after the put: what came before the flag was set, the worker's last look at its commands finds.
+        if self._phase == "closed":
+            self._refuse(receiver)
 
     def cancel(self, request_id: str) -> None:
         """Take a request out before the next step; its receiver hears nothing more. Unknown ids are ignored."""
@@ -81,7 +85,7 @@ class Worker:
         return not self.exchanges and not self.others
 
     def _stop(self) -> None:
-        self._closing = True
+        self._phase = "closing"
 
     def _run(self) -> None:
         try:
@@ -92,11 +96,13 @@ class Worker:
             return
         self.ready.set_result(llm)
         with llm:
-            while not self._closing:
+            while self._phase == "open":
                 self._obey(wait=not llm.engine.unfinished)
-                if llm.engine.unfinished and not self._closing:
+                if llm.engine.unfinished and self._phase == "open":
                     self._step(llm.engine)
-            self._fail_all(HeadraceError("the server is closing"))
+            self._phase = "closed"
+            self._obey(wait=False)
+            self._fail_all(CLOSED)
 
     def _obey(self, wait: bool) -> None:
         """Carry out all commands that have come; with `wait`, until there was one."""
@@ -153,6 +159,11 @@ class Worker:
             self.exchanges[request.id] = receiver
         else:
             self.others[request.id] = receiver
+
+    def _refuse(self, receiver: Exchange | Receiver) -> None:
+        receiver.fail(CLOSED)
+        if isinstance(receiver, Exchange):
+            self._wake([receiver])
 
     def _abort(self, request_id: str) -> None:
         if self.exchanges.pop(request_id, None) or self.others.pop(request_id, None):

@@ -19,7 +19,7 @@ from itertools import cycle
 
 import torch
 
-from headrace.kernels.base import AttentionSpec, HeadSpec, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, LayerCache, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
 from headrace.meter.operations import ModelShape, Piece, count_attention
 from headrace.meter.peaks import Peaks, count_cores, describe_machine, load_peaks
@@ -129,8 +129,8 @@ def show_attention(table: Table, name: str, shape: Shape) -> None:
         cost = count_attention(counted, [Piece(context - chunk, chunk, 0, chunk == 1)] * sequences)
         spec = AttentionSpec(shape.head_size**-0.5)
 
-        def call(q=queries, k=keys, v=values, b=batch, s=spec) -> object:  # type: ignore[no-untyped-def]
-            return table.kernels.attention(q, k, v, b, s)
+        def call(q=queries, c=LayerCache(keys, values), b=batch, s=spec) -> object:  # type: ignore[no-untyped-def]
+            return table.kernels.attention(q, c, b, s)
 
         table.show(name, "attention", rows, "bf16", call, cost.operations, cost.bytes)
 
@@ -153,7 +153,7 @@ def show_others(table: Table, name: str, shape: Shape) -> None:
         values = torch.zeros(rows, shape.kv_heads, BLOCK_SIZE // pair, shape.head_size, pair).bfloat16()
         slots = torch.randperm(rows) * BLOCK_SIZE
 
-        def place(f=fused, r=rotation, c=(keys, values), s=slots) -> object:  # type: ignore[no-untyped-def]
+        def place(f=fused, r=rotation, c=LayerCache(keys, values), s=slots) -> object:  # type: ignore[no-untyped-def]
             return kernels.place_heads(f, HeadSpec(), r, c, s)
 
         table.show(name, "rotate and cache", str(rows), "fp32", place, 3.0 * fused.numel(), 2 * fused.nbytes)

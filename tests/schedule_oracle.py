@@ -6,13 +6,26 @@ It shares no code with the real one, keeps nothing that it can count again, and 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import isqrt
 
 from schedule_oracle_memory import OracleMemory, Record
 
 from headrace.core import Admission, Chunk, StepPlan
+
+
+@dataclass
+class Draft:
+    """What a plan has decided: `entered` holds copies of what is admitted, with their hits as tables; `new` blocks are
+    taken."""
+
+    budget: int
+    new: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
+    admitted: list[Admission] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    entered: list[Record] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -22,79 +35,82 @@ class Oracle(OracleMemory):
     step_tokens: int
     max_sequences: int
     short_prefill: int | None = None
+    background_tokens: int = 0
 
     def plan(self) -> StepPlan:
-        alive, paused, chunks, preempted = self.computing(), self.paused(), [], []
-        budget, new = self.step_tokens, 0
+        draft, alive, paused = Draft(self.step_tokens), self.computing(), self.paused()
+        self.plan_running(draft, alive, paused, [])
+        roomy = alive == self.computing() and self.plan_admissions(draft, alive, paused, not self.foreground())
+        if self.background_tokens and self.foreground():
+            draft.budget = self.background_tokens
+            beside = alive + draft.entered
+            self.plan_running(draft, paused, [], beside)
+            if roomy and not draft.preempted:
+                self.plan_admissions(draft, self.running, [], True)
+        return StepPlan(tuple(draft.chunks), tuple(draft.admitted), tuple(draft.preempted))
+
+    def plan_running(self, draft: Draft, alive: list[Record], paused: list[Record], beside: list[Record]) -> None:
+        """Chunks of those alive, whose memory the paused give way to; those beside keep theirs."""
 
         def room(record: Record) -> int:
-            return self.room(record, alive + paused, new)
-
-        def run(record: Record, length: int) -> None:
-            nonlocal budget, new
-            chunks.append(Chunk(record.number, record.computed, length))
-            budget -= length
-            new += (self.ceil(record.computed + length) - len(record.tables[0])) * len(self.windows)
+            return self.room(record, alive + paused + beside, draft.new)
 
         for record in list(alive):
-            if record not in alive or len(record.tokens) - record.computed != 1 or budget == 0:
+            if record not in alive or len(record.tokens) - record.computed != 1 or draft.budget == 0:
                 continue
             while record in alive and room(record) < 1:
-                preempted.append((paused or alive).pop().number)
+                draft.preempted.append((paused or alive).pop().number)
             if record in alive:
-                run(record, 1)
+                self.run(draft, record, 1)
         prefills = [each for each in alive if len(each.tokens) - each.computed > 1]
-        shares = self.shares(prefills, budget)
+        shares = {} if beside else self.shares(prefills, draft.budget)
         for record in prefills:
             lane = self.is_long(record) if shares else None
-            most = min(len(record.tokens) - record.computed, shares[lane] if lane is not None else budget)
+            most = min(len(record.tokens) - record.computed, shares[lane] if lane is not None else draft.budget)
             if record not in alive or most == 0:
                 continue
             while paused and room(record) < most:
-                preempted.append(paused.pop().number)
+                draft.preempted.append(paused.pop().number)
             younger = [each for each in alive[alive.index(record) + 1 :] if len(each.tokens) - each.computed > 1]
             while room(record) < 1 and younger:
                 alive.remove(younger[-1])
-                preempted.append(younger.pop().number)
+                draft.preempted.append(younger.pop().number)
             length = min(most, room(record))
             if length > 0:
-                run(record, length)
+                self.run(draft, record, length)
                 if lane is not None:
                     shares[lane] -= length
-        if alive != self.computing():
-            return StepPlan(tuple(chunks), (), tuple(preempted))
-        return self.plan_admissions(chunks, preempted, budget, new)
 
-    def plan_admissions(self, chunks: list[Chunk], preempted: list[int], budget: int, new: int) -> StepPlan:
-        """The queue from its front; `entered` holds copies of what is admitted, with their hits as tables."""
-        running, paused = self.computing(), [each for each in self.paused() if each.number not in preempted]
-        entered: list[Record] = []
-        admitted = []
-        for record in self.waiting:
-            if budget == 0 or len(running) + len(entered) >= min(self.max_sequences, self.step_tokens):
-                break
-            if record.background and self.foreground():
-                break
+    def run(self, draft: Draft, record: Record, length: int) -> None:
+        draft.chunks.append(Chunk(record.number, record.computed, length))
+        draft.budget -= length
+        draft.new += (self.ceil(record.computed + length) - len(record.tables[0])) * len(self.windows)
+
+    def plan_admissions(self, draft: Draft, running: list[Record], paused: list[Record], background: bool) -> bool:
+        """The queue of one kind from its front; False if somebody there lacks memory or a place."""
+        mine = [each for each in running if each.background == background]
+        for record in [each for each in self.waiting if each.background == background]:
+            if len(mine) + len(draft.entered) >= min(self.max_sequences, self.step_tokens):
+                return False
+            if draft.budget == 0:
+                return True
             hit = self.hit(record)
             following = (record.owner, tuple(record.tokens[: (hit + 1) * self.size]))
-            if hit < self.limit(record) and following in self.promised(running + entered):
+            if hit < self.limit(record) and following in self.promised(running + draft.entered):
                 continue
             guest = Record(**{**vars(record), "computed": hit * self.size, "known_at_admission": len(record.tokens)})
             guest.tables = self.hit_tables(record, hit)
-            everyone = [*running, *entered, guest]
+            everyone = [*running, *draft.entered, guest]
             if len(everyone) > 1 and self.peak(everyone) > self.num_blocks * self.size:
-                break
-            entered.append(guest)
-            admitted.append(Admission(record.number, hit * self.size))
-            wanted = min(len(record.tokens) - guest.computed, budget)
-            while (room := self.room(guest, everyone + paused, new)) < wanted and paused:
-                preempted.append(paused.pop().number)
-            length = min(wanted, room)
-            if length > 0:
-                chunks.append(Chunk(record.number, guest.computed, length))
-                budget -= length
-                new += (self.ceil(guest.computed + length) - hit) * len(self.windows)
-        return StepPlan(tuple(chunks), tuple(admitted), tuple(preempted))
+                return False
+            draft.entered.append(guest)
+            draft.admitted.append(Admission(record.number, hit * self.size))
+            wanted = min(len(record.tokens) - guest.computed, draft.budget)
+            while (room := self.room(guest, everyone + paused, draft.new)) < wanted and paused:
+                draft.preempted.append(paused.pop().number)
+            if min(wanted, room) > 0:
+                self.run(draft, guest, min(wanted, room))
+        return True
 
     def foreground(self) -> bool:
         return any(not each.background for each in self.waiting + self.running)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headrace.cache.blocks import BlockPool
+from headrace.cache.checks import check_ledger
 from headrace.cache.keeps import Keep
 from headrace.cache.layout import CacheLayout
 from headrace.cache.ledger import KVLedger
@@ -90,9 +91,9 @@ def test_tables_grow_by_blocks_in_every_group() -> None:
     # Position 9 sees 4 to 9 through the window: block 0 of the windowed group is released, and stays in the tree.
     window = next(index for index, group in enumerate(ledger.layout.groups) if group.window)
     assert sequence.tables[window][0] == -1 and ledger.used_blocks == 8
-    ledger.check([sequence])
+    check_ledger(ledger, [sequence])
     ledger.release(sequence)
-    ledger.check([])
+    check_ledger(ledger, [])
     assert ledger.used_blocks == 0 and ledger.free_blocks == 30 and sequence.tables == []
 
 
@@ -109,7 +110,7 @@ def test_equal_blocks_become_one() -> None:
     assert ledger.holdings[1].private == ledger.holdings[2].private == 0
     ledger.release(first)
     assert ledger.holdings[2].private == 2 and ledger.sole_holder(0) == 2
-    ledger.check([second])
+    check_ledger(ledger, [second])
 
 
 def test_the_least_recently_used_leaf_is_evicted_first() -> None:
@@ -132,7 +133,7 @@ def test_the_least_recently_used_leaf_is_evicted_first() -> None:
     ledger.release(again)
     ledger.grow(large, 16)
     assert large.tables == [[4, 5, 1, 3]]
-    ledger.check([large])
+    check_ledger(ledger, [large])
 
 
 def test_a_plan_that_does_not_fit_is_refused() -> None:
@@ -221,12 +222,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        self.ledger.check(self.running)
+        check_ledger(self.ledger, self.running)
 
     def teardown(self) -> None:
         for sequence in self.running:
             self.ledger.release(sequence)
-        self.ledger.check([])
+        check_ledger(self.ledger, [])
         assert self.ledger.used_blocks == 0 and self.ledger.shared == 0
         assert self.ledger.free_blocks == self.ledger.num_blocks
 
@@ -245,9 +246,9 @@ def test_no_more_than_retain_blocks_stay_unheld() -> None:
         ledger.grow(sequence, 16)
         sequence.computed = 16
         ledger.publish(sequence)
-        ledger.check([sequence])
+        check_ledger(ledger, [sequence])
         ledger.release(sequence)
-        ledger.check([])
+        check_ledger(ledger, [])
         assert ledger.pool.evictable == min(5, 4 * (number + 1))
     assert len(ledger.match(sequence).nodes) == 4
 
@@ -259,7 +260,7 @@ def leave(ledger: KVLedger, sequence: Sequence, until: float | None = None) -> N
     if until is not None:
         ledger.keep(sequence, until)
     ledger.release(sequence)
-    ledger.check([])
+    check_ledger(ledger, [])
 
 
 def count_found(ledger: KVLedger, token: int) -> int:
@@ -277,7 +278,7 @@ def test_what_is_kept_outlasts_what_was_used_later_until_its_time() -> None:
     assert ("", "chat") in ledger.keeps and ledger.pool.evictable == 15
     ledger.expire(10.0)
     assert len(ledger.keeps) == 0 and ledger.pool.evictable == 20
-    ledger.check([])
+    check_ledger(ledger, [])
     for number in range(9, 13):
         leave(ledger, make_sequence(number, [number] * 20))
     assert count_found(ledger, 1) == 0
@@ -290,7 +291,7 @@ def test_what_is_kept_is_no_part_of_what_is_retained() -> None:
     assert count_found(ledger, 1) == 5 and count_found(ledger, 2) == 2
     ledger.expire(11.0)
     assert ledger.pool.evictable == 2 and count_found(ledger, 1) == 2
-    ledger.check([])
+    check_ledger(ledger, [])
 
 
 def test_the_next_turn_ends_the_keep_and_finds_it() -> None:
@@ -300,7 +301,7 @@ def test_the_next_turn_ends_the_keep_and_finds_it() -> None:
     assert start(ledger, stranger) == 0 and ("a", "chat") in ledger.keeps
     turn = make_sequence(3, [1] * 30, program="chat", owner="a")
     assert start(ledger, turn) == 20 and len(ledger.keeps) == 0 and not ledger.pool.keeps
-    ledger.check([stranger, turn])
+    check_ledger(ledger, [stranger, turn])
 
 
 def test_keeps_give_way_to_memory_the_last_to_end_first() -> None:
@@ -315,10 +316,10 @@ def test_keeps_give_way_to_memory_the_last_to_end_first() -> None:
     # One block was needed: the keep that ends last is over, its last block is gone and its others are still found.
     assert ("", "1") in ledger.keeps and ("", "2") not in ledger.keeps
     assert count_found(ledger, 1) == 5 and count_found(ledger, 2) == 4
-    ledger.check([large])
+    check_ledger(ledger, [large])
     ledger.grow(large, 72)
     assert len(ledger.keeps) == 0 and count_found(ledger, 1) == 2
-    ledger.check([large])
+    check_ledger(ledger, [large])
 
 
 def test_no_more_than_half_the_pool_is_kept() -> None:
@@ -353,4 +354,4 @@ def test_check_finds_a_keep_of_other_blocks() -> None:
     leave(ledger, make_sequence(1, [1] * 8, program="chat"), until=10.0)
     ledger.keeps._keeps["", "chat"] = Keep(10.0, (0,))
     with pytest.raises(AssertionError, match="kept blocks"):
-        ledger.check([])
+        check_ledger(ledger, [])

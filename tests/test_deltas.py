@@ -80,7 +80,7 @@ def test_a_preempted_text_is_added_once(tiny_model: Path) -> None:
     settings = {"precision": "fp32", "block_size": 16, "threads": 1, "step_tokens": 24}
     with LLM(str(tiny_model), kv_cache_bytes=4 << 20, **settings) as roomy:  # type: ignore[arg-type]
         expected = roomy.embed(texts)
-        bytes_each = roomy.engine.cache.block_bytes
+        bytes_each = roomy.engine.cache.layout.block_bytes
     with LLM(  # type: ignore[arg-type]
         str(tiny_model), kv_cache_bytes=70 * bytes_each, admission="aggressive", **settings
     ) as tight:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels import _cpu
-from headrace.kernels.base import Activation, AttentionSpec, HeadSpec, Matrix, RaggedBatch
+from headrace.kernels.base import Activation, AttentionSpec, HeadSpec, LayerCache, Matrix, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.reference import ReferenceKernels, dequantize
 from headrace.quant import FORMATS as BY_NAME
@@ -195,31 +195,31 @@ def test_place_heads(head: int, normed: bool, dtype: torch.dtype) -> None:
     for kernels, cache, result in zip((FAST, PLAIN), places, results, strict=True):
         kernels.place_heads(result, spec, rotation, cache, slots)
     assert_close(results[0][:, :5], results[1][:, :5])
-    assert_close(places[0][0], places[1][0])
-    assert torch.equal(places[0][1], places[1][1])
+    assert_close(places[0].keys, places[1].keys)
+    assert torch.equal(places[0].values, places[1].values)
 
 
 def test_a_token_not_written_yet_is_not_read_as_what_was_there() -> None:
     cache = make_cache(2, 1, 16, 16, torch.bfloat16)
-    cache[1].fill_(torch.nan)
+    cache.values.fill_(torch.nan)
     rotation = torch.ones(3, 8), torch.zeros(3, 8)
     FAST.place_heads(torch.ones(3, 3, 16).bfloat16(), HeadSpec(), rotation, cache, torch.tensor([0, 1, 2]))
     none = torch.zeros(0, dtype=torch.int64)
     starts, contexts, table = (torch.tensor(each).int() for each in ([0, 1], [3], [[0]]))
     batch = RaggedBatch(none, torch.tensor([2]).int(), starts, contexts, (table,), (none,), none)
     queries = torch.ones(1, 1, 16).bfloat16()
-    assert torch.equal(FAST.attention(queries, *cache, batch, AttentionSpec(1.0)), queries)
+    assert torch.equal(FAST.attention(queries, cache, batch, AttentionSpec(1.0)), queries)
 
 
-def make_cache(blocks: int, kv_heads: int, head: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def make_cache(blocks: int, kv_heads: int, head: int, size: int, dtype: torch.dtype) -> LayerCache:
     pair = 4 // dtype.itemsize
     keys = torch.zeros(blocks, kv_heads, head // pair, size, pair, dtype=dtype)
-    return keys, torch.zeros(blocks, kv_heads, size // pair, head, pair, dtype=dtype)
+    return LayerCache(keys, torch.zeros(blocks, kv_heads, size // pair, head, pair, dtype=dtype))
 
 
 def make_case(
     lengths: list[tuple[int, int]], kv_heads: int, head: int, size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, RaggedBatch]:
+) -> tuple[LayerCache, RaggedBatch]:
     """A cache full of random numbers, and a batch of sequences of (context, chunk) with scattered blocks."""
     blocks = sum(-(-context // size) for context, _ in lengths)
     order = random.Random(0).sample(range(blocks), blocks)
@@ -231,10 +231,10 @@ def make_case(
     positions = torch.cat([torch.arange(context - chunk, context) for context, chunk in lengths]).int()
     contexts = torch.tensor([context for context, _ in lengths], dtype=torch.int32)
     none = torch.zeros(0, dtype=torch.int64)
-    keys, values = make_cache(blocks, kv_heads, head, size, dtype)
-    for each in (keys, values):
+    cache = make_cache(blocks, kv_heads, head, size, dtype)
+    for each in (cache.keys, cache.values):
         each.copy_(torch.randn(each.shape))
-    return keys, values, RaggedBatch(none, positions, starts, contexts, (table,), (none,), none)
+    return cache, RaggedBatch(none, positions, starts, contexts, (table,), (none,), none)
 
 
 SPECS = [
@@ -252,19 +252,17 @@ MIXED = [(1, 1), (70, 1), (33, 33), (64, 20), (100, 37), (16, 1), (17, 2)]
     ("heads", "kv_heads", "head", "size"), [(9, 3, 64, 32), (4, 4, 16, 16), (8, 1, 80, 48), (2, 1, 256, 16)]
 )
 def test_attention(heads: int, kv_heads: int, head: int, size: int, spec: AttentionSpec, dtype: torch.dtype) -> None:
-    keys, values, batch = make_case(MIXED, kv_heads, head, size, dtype)
+    cache, batch = make_case(MIXED, kv_heads, head, size, dtype)
     queries = torch.randn(len(batch.positions), heads + 2, head).to(dtype)[:, 1 : heads + 1]
-    assert_close(
-        FAST.attention(queries, keys, values, batch, spec), PLAIN.attention(queries, keys, values, batch, spec)
-    )
+    assert_close(FAST.attention(queries, cache, batch, spec), PLAIN.attention(queries, cache, batch, spec))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS, ids=["plain", "window 9", "window 40", "soft cap"])
 def test_a_query_has_the_same_bits_in_any_chunk_and_batch(spec: AttentionSpec, dtype: torch.dtype) -> None:
-    keys, values, batch = make_case([(100, 100), (45, 45)], 3, 64, 32, dtype)
+    cache, batch = make_case([(100, 100), (45, 45)], 3, 64, 32, dtype)
     queries = torch.randn(145, 9, 64).to(dtype)
-    whole = FAST.attention(queries, keys, values, batch, spec)
+    whole = FAST.attention(queries, cache, batch, spec)
     none = torch.zeros(0, dtype=torch.int64)
     for start, length in [(place, 1) for place in range(100)] + [(0, 50), (50, 50), (3, 31), (31, 69), (64, 36)]:
         part = RaggedBatch(
@@ -276,12 +274,12 @@ def test_a_query_has_the_same_bits_in_any_chunk_and_batch(spec: AttentionSpec, d
             (none,),
             none,
         )
-        alone = FAST.attention(queries[start : start + length], keys, values, part, spec)
+        alone = FAST.attention(queries[start : start + length], cache, part, spec)
         assert torch.equal(alone, whole[start : start + length])
 
 
 # Blocks that the sequences begin with, as a tree: 0-9 for most of them, then two branches, then what is each one's own.
-def make_shared_case(kv_heads: int, head: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, RaggedBatch]:
+def make_shared_case(kv_heads: int, head: int, size: int, dtype: torch.dtype) -> tuple[LayerCache, RaggedBatch]:
     """40 sequences of one token and two of several, shuffled, whose tables share blocks at three depths."""
     source, fresh = random.Random(1), itertools.count(30)
     trunk, branches = list(range(10)), [list(range(10, 20)), list(range(20, 29))]
@@ -304,9 +302,9 @@ def make_shared_case(kv_heads: int, head: int, size: int, dtype: torch.dtype) ->
     contexts = torch.tensor([positions[number] + lengths[number] for number in order])
     cache = make_cache(next(fresh), kv_heads, head, size, dtype)
     none = torch.zeros(0, dtype=torch.int64)
-    for part in cache:
+    for part in (cache.keys, cache.values):
         part.normal_()
-    return *cache, RaggedBatch(none, tokens.int(), starts.int(), contexts.int(), (table.int(),), (none,), none)
+    return cache, RaggedBatch(none, tokens.int(), starts.int(), contexts.int(), (table.int(),), (none,), none)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -315,10 +313,10 @@ def make_shared_case(kv_heads: int, head: int, size: int, dtype: torch.dtype) ->
 def test_a_shared_prefix_changes_no_bit(
     heads: int, kv_heads: int, size: int, spec: AttentionSpec, dtype: torch.dtype
 ) -> None:
-    keys, values, batch = make_shared_case(kv_heads, 64, size, dtype)
+    cache, batch = make_shared_case(kv_heads, 64, size, dtype)
     queries = torch.randn(len(batch.positions), heads, 64).to(dtype)
-    together = FAST.attention(queries, keys, values, batch, spec)
-    assert_close(together, PLAIN.attention(queries, keys, values, batch, spec))
+    together = FAST.attention(queries, cache, batch, spec)
+    assert_close(together, PLAIN.attention(queries, cache, batch, spec))
     none = torch.zeros(0, dtype=torch.int64)
     for place in range(42):
         rows = slice(int(batch.query_starts[place]), int(batch.query_starts[place + 1]))
@@ -331,13 +329,13 @@ def test_a_shared_prefix_changes_no_bit(
             (none,),
             none,
         )
-        assert torch.equal(FAST.attention(queries[rows], keys, values, alone, spec), together[rows])
+        assert torch.equal(FAST.attention(queries[rows], cache, alone, spec), together[rows])
 
 
 def test_odd_layouts_are_refused() -> None:
     cache, rotation = make_cache(1, 1, 4, 16, torch.float32), (torch.zeros(2, 2), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="must be contiguous"):
         FAST.place_heads(torch.zeros(2, 4, 3).transpose(1, 2), HeadSpec(), rotation, cache, torch.zeros(2).long())
-    keys, values, batch = make_case([(5, 5)], 1, 16, 24, torch.float32)
+    cache, batch = make_case([(5, 5)], 1, 16, 24, torch.float32)
     with pytest.raises(ValueError, match="multiple of 16, got 24"):
-        FAST.attention(torch.zeros(5, 1, 16), keys, values, batch, AttentionSpec(1.0))
+        FAST.attention(torch.zeros(5, 1, 16), cache, batch, AttentionSpec(1.0))

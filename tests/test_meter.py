@@ -17,7 +17,7 @@ from torch import Tensor
 from headrace import LLM, SamplingParams
 from headrace.cli import main
 from headrace.core import InputError
-from headrace.kernels.base import AttentionSpec, PackedWeight, RaggedBatch
+from headrace.kernels.base import AttentionSpec, LayerCache, PackedWeight, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.timed import TimedKernels
 from headrace.meter.energy import EnergyCounter
@@ -88,12 +88,10 @@ class Recorder(CpuKernels):
         self.products += 2 * residual.shape[0] * residual.shape[1] * weight.rows
         return super().norm_linear(x, residual, norm, eps, weight)
 
-    def attention(
-        self, queries: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch, spec: AttentionSpec
-    ) -> Tensor:
+    def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         positions = batch.positions + 1 if spec.window is None else (batch.positions + 1).clamp(max=spec.window)
         self.attended += 4 * queries.shape[1] * queries.shape[2] * int(positions.sum())
-        return super().attention(queries, keys, values, batch, spec)
+        return super().attention(queries, cache, batch, spec)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])

@@ -103,7 +103,7 @@ def make_pair(family: str, changes: dict[str, Any], kernels: Kernels) -> tuple[t
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if "norm" in name or "bias" in name else 0.15))
-    return oracle, load_model(TransformersWeights(oracle), kernels, ModelSettings(block_size=16))
+    return oracle, load_model(TransformersWeights(oracle), kernels, ModelSettings())
 
 
 def make_text(length: int, vocabulary: int = 97, seed: int = 0) -> list[int]:
@@ -183,7 +183,7 @@ def test_real_models_equal_transformers(fixture: str, request: pytest.FixtureReq
 
 def test_bfloat16_is_close_to_float32(kernels: Kernels) -> None:
     oracle, exact = make_pair("Llama", {}, kernels)
-    rough = load_model(TransformersWeights(oracle), kernels, ModelSettings(precision="bf16", block_size=16))
+    rough = load_model(TransformersWeights(oracle), kernels, ModelSettings(precision="bf16"))
     tokens = make_text(40)
     wide, narrow = logits_of(exact, tokens, [40]), logits_of(rough, tokens, [25, 15])
     assert (wide - narrow).abs().mean() < 0.05 * wide.abs().mean()

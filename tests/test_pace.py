@@ -10,11 +10,11 @@ import pytest
 from jobs import engine_options
 from step_times import TIMES
 
-from headrace.core import Request, SamplingParams, Sequence
+from headrace.core import InputError, Request, SamplingParams, Sequence
 from headrace.llm import LLM
 from headrace.options import ServeOptions
 from headrace.server import pace
-from headrace.server.pace import CALM_SECONDS, GENTLE_UNMEASURED, UNMEASURED, Pace
+from headrace.server.pace import CALM_SECONDS, GENTLE_UNMEASURED, UNMEASURED, Pace, read_spent
 from headrace.server.patience import Patience, choose_seconds
 
 
@@ -38,6 +38,51 @@ def test_batches_take_short_steps_until_clients_have_been_gone_for_long(tiny_mod
         assert step_tokens(clients=False) == GENTLE_UNMEASURED
         now[0] = CALM_SECONDS
         assert step_tokens(clients=False) == UNMEASURED
+
+
+def run_clients(llm: LLM, mine: Pace, seconds: float) -> tuple[float, float, float]:
+    """Let two clients ask on and on while a batch waits; seconds of all steps, the batch's, the longest step's."""
+    engine, total, spent, longest, asked = llm.engine, 0.0, 0.0, 0.0, 0
+    engine.add(Request("row", (5, 6), SamplingParams(max_tokens=60, ignore_eos=True, n=8), background=True))
+    while total < seconds and engine.state.background:
+        while len(engine.state.sequences) - engine.state.background < 2:
+            asked += 1
+            engine.add(Request(str(asked), (1, 2, asked % 50), SamplingParams(max_tokens=10, ignore_eos=True)))
+        mine.shift(engine, clients=True)
+        before = read_spent(engine)
+        engine.step()
+        took, tokens, background = (now - then for now, then in zip(read_spent(engine), before, strict=True))
+        total, spent, longest = total + took, spent + took * background / tokens, max(longest, took)
+    return total, spent, longest
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_batches_have_their_share_under_clients_who_never_pause(tiny_model: Path, share: float) -> None:
+    mine = Pace(ServeOptions(batch_share=share))
+    with LLM(**asdict(mine.fit(engine_options(tiny_model)))) as llm:
+        mine.take(llm.engine)
+        total, spent, longest = run_clients(llm, mine, seconds=1.0)
+        assert abs(spent - share * total) <= 2 * longest
+        assert (llm.engine.state.background_computed > 0) == (share > 0)
+
+
+def test_what_batches_had_in_a_pause_counts(tiny_model: Path) -> None:
+    mine = Pace(ServeOptions(batch_share=0.1))
+    with LLM(**asdict(mine.fit(engine_options(tiny_model)))) as llm:
+        mine.take(llm.engine)
+        llm.engine.add(Request("pile", (1,) * 4, SamplingParams(max_tokens=60, ignore_eos=True, n=8), background=True))
+        while llm.engine.unfinished:
+            mine.shift(llm.engine, clients=False)
+            llm.engine.step()
+        had = read_spent(llm.engine)
+        total, spent, _ = run_clients(llm, mine, seconds=5 * min(had.seconds, 0.2))
+        assert had.background == had.tokens and total > 0 and spent == 0
+
+
+def test_a_share_is_at_most_half() -> None:
+    for share in (-0.1, 0.6, math.nan):
+        with pytest.raises(InputError, match=f"batch_share must be a number from 0 to 0.5, got {share}"):
+            ServeOptions(batch_share=share)
 
 
 def test_measured_steps_keep_to_the_target(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

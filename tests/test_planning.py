@@ -77,7 +77,7 @@ def test_simulated_steps_are_the_engines(
     assert (found.steps, found.preemptions) == (counters.steps, counters.preemptions)
     assert found.cached_prompt_tokens == counters.cached_prompt_tokens
     assert found.output_tokens == counters.output_tokens
-    assert found.peak_blocks * cache.block_bytes == counters.kv_peak_bytes
+    assert found.peak_blocks * cache.layout.block_bytes == counters.kv_peak_bytes
     assert found.tasks == len(requests) and found.left == []
 
 
@@ -130,7 +130,7 @@ def make_tasks(count: int, output: int = 6) -> list[Task]:
 
 
 def test_what_is_not_simulated_goes_on_alike() -> None:
-    memory = Memory(make_state([None] * 3, 1, 16).ledger.layout, 500, 4096, 1024)
+    memory = Memory(make_state([None] * 3, 1, 16).ledger.layout, 500, 1024)
     options = EngineOptions(step_tokens=64, max_sequences=16)
     tasks = make_tasks(400)
     whole, part = (forecast(tasks, options, memory, TIMES, most_steps=most) for most in (None, 60))
@@ -161,7 +161,7 @@ def measure_tail(schedule: Any) -> float:
     for number in range(600):
         prompt, output = tuple(draw.randrange(999) for _ in range(draw.randrange(8, 200))), draw.randrange(4, 400)
         tasks.append(Task(Request(str(number), prompt, SamplingParams(max_tokens=output, ignore_eos=True)), output))
-    memory = Memory(make_state([None] * 3, 1, 16).ledger.layout, 4000, 4096, 1024)
+    memory = Memory(make_state([None] * 3, 1, 16).ledger.layout, 4000, 1024)
 
     def watch(plan: StepPlan) -> None:
         ends.extend([simulator.found.seconds] * (simulator.found.tasks - len(ends)))
@@ -178,7 +178,7 @@ def test_no_long_row_runs_alone_at_the_end() -> None:
 
 
 def test_tasks_that_can_never_run_are_refused() -> None:
-    memory = Memory(make_state([None], 1, 16).ledger.layout, 4, 4096, 1024)
+    memory = Memory(make_state([None], 1, 16).ledger.layout, 4, 1024)
     found = Simulator(EngineOptions(), memory, None).run([*make_tasks(2), *make_tasks(1, 90)])
     assert (found.refused, found.tasks) == (1, 2)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_driver import Driver, make_state, snapshot
 
+from headrace.cache.checks import check_ledger
 from headrace.core import Admission, Chunk, StepPlan
 from headrace.schedule.apply import apply
 from headrace.schedule.choice import SCHEDULES
@@ -65,7 +66,7 @@ def open_pile(pile: dict[str, Any]) -> Driver:
     if pile["short_past"]:
         for _ in range(40):
             driver.add([1], 1, max_tokens=2)
-        driver.state.ledger.check([])
+        check_ledger(driver.state.ledger, [])
         driver.run()
         driver.finished.clear()
     return driver
@@ -128,7 +129,7 @@ def test_any_pile_finishes_within_its_budgets_and_leaks_nothing(pile: dict[str, 
             assert plan == driver.plan() and snapshot(state) == before
             check_plan(driver, plan)
             driver.execute(plan)
-            state.ledger.check(state.running)
+            check_ledger(state.ledger, state.running)
         step += 1
         assert step <= bound
     assert len(driver.finished) == expected
@@ -229,7 +230,7 @@ def test_the_newest_is_preempted_and_goes_to_the_front() -> None:
     assert [each.sequence for each in plan.admit] == [old.number, new.number, later.number]
     while not plan.preempt:
         driver.execute(plan)
-        state.ledger.check(state.running)
+        check_ledger(state.ledger, state.running)
         plan = driver.plan()
     assert plan.preempt == (later.number,) and not plan.admit
     driver.execute(plan)
@@ -252,7 +253,7 @@ def test_blocks_that_victims_share_are_free_when_the_last_of_them_goes() -> None
     plan = driver.plan()
     assert plan.preempt == (newer, new) and [chunk.sequence for chunk in plan.chunks] == [old, second]
     driver.execute(plan)
-    driver.state.ledger.check(driver.state.running)
+    check_ledger(driver.state.ledger, driver.state.running)
 
 
 def test_a_preempted_sequence_finds_what_it_generated() -> None:

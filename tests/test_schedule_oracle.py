@@ -10,6 +10,7 @@ import pytest
 from schedule_driver import Driver, make_state, snapshot
 from schedule_oracle import Oracle
 
+from headrace.cache.checks import check_ledger
 from headrace.core import Sequence, StepPlan
 
 LAYOUTS: list[list[int | None]] = [
@@ -67,13 +68,19 @@ def add_request(
         oracle.add(sequence)
 
 
+def share(draw: random.Random, driver: Driver, oracle: Oracle) -> None:
+    """Give the next step's background something beside the foreground, or nothing."""
+    oracle.background_tokens = draw.choice([0, 0, 1, 4, 20])
+    driver.state.limits = replace(driver.state.limits, background_tokens=oracle.background_tokens)
+
+
 def compare(driver: Driver, oracle: Oracle) -> None:
     state = driver.state
     assert [each.number for each in state.waiting] == [each.number for each in oracle.waiting]
     assert [each.number for each in state.running] == [each.number for each in oracle.running]
     for sequence, record in zip(state.running, oracle.running, strict=True):
         assert (sequence.computed, sequence.tables) == (record.computed, record.tables)
-    state.ledger.check(state.running)
+    check_ledger(state.ledger, state.running)
     assert list(state.ledger.pool._evictable) == oracle.stale and state.ledger.pool._free == oracle.free
 
 
@@ -82,7 +89,7 @@ def compare(driver: Driver, oracle: Oracle) -> None:
     [(seed, False) for seed in range(0, 280, 28)] + [(seed, True) for seed in range(0, 112, 28)],
 )
 def test_plans_and_block_ids_equal_the_oracles(first_seed: int, served: bool) -> None:
-    preemptions = hits = aborts = both = 0
+    preemptions = hits = aborts = both = shared = 0
     for seed in range(first_seed, first_seed + 28):
         draw, driver, oracle = make_scene(seed, served)
         prefixes = [[draw.randrange(2) for _ in range(20)] for _ in range(3)]
@@ -96,11 +103,15 @@ def test_plans_and_block_ids_equal_the_oracles(first_seed: int, served: bool) ->
                 driver.abort(driver.state.find(number))
                 oracle.remove(number, learn=False)
                 aborts += 1
+            if served and seed % 4 > 1:
+                share(draw, driver, oracle)
             driver.prepare()
             before = snapshot(driver.state) if steps % 7 == 0 else None
             plan = driver.plan()
             assert before is None or before == snapshot(driver.state)
             assert plan == oracle.plan(), f"seed {seed}, step {steps}"
+            kinds = {driver.state.find(chunk.sequence).request.background for chunk in plan.chunks}
+            shared += len(kinds) > 1
             step_both(driver, oracle, plan)
             compare(driver, oracle)
             preemptions += len(plan.preempt)
@@ -108,7 +119,7 @@ def test_plans_and_block_ids_equal_the_oracles(first_seed: int, served: bool) ->
             hits += sum(each.cached for each in plan.admit)
             steps += 1
         assert driver.state.ledger.used_blocks == 0
-    assert preemptions > 5 and hits > 100 and aborts > 5 and (both > 5) == served
+    assert preemptions > 5 and hits > 100 and aborts > 5 and (both > 5) == served and (shared > 50) == served
 
 
 def step_both(driver: Driver, oracle: Oracle, plan: StepPlan) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from schedule_driver import Driver, make_state
 
+from headrace.cache.checks import check_ledger
 from headrace.core import Sequence, StepPlan
 from headrace.schedule.apply import apply, expire
 from headrace.schedule.fcfs import FirstComeFirstServed
@@ -49,7 +50,7 @@ def test_a_prefix_is_found_by_its_owner_only() -> None:
     for name, owner in (("first", "a"), ("other", "b"), ("nobody", ""), ("again", "a")):
         sequence = add_one(driver, prompt, 3, owner=owner)
         driver.run()
-        driver.state.ledger.check([])
+        check_ledger(driver.state.ledger, [])
         found[name] = sequence.cached_tokens
     assert found == {"first": 0, "other": 0, "nobody": 0, "again": 20}
 
@@ -123,7 +124,7 @@ def test_background_yields_within_a_step_and_goes_on_where_it_was() -> None:
         plan = driver.plan()
         assert set(lengths(plan)) == {asked.number} and not plan.preempt
         driver.execute(plan)
-        driver.state.ledger.check(driver.state.running)
+        check_ledger(driver.state.ledger, driver.state.running)
     assert before == [(each.computed, each.tables) for each in work]
     assert set(lengths(driver.plan())) == set(numbers(work))
     driver.run()
@@ -154,7 +155,7 @@ def test_the_newest_background_gives_its_memory_first() -> None:
         plan = driver.plan()
         given += plan.preempt
         driver.execute(plan)
-        driver.state.ledger.check(driver.state.running)
+        check_ledger(driver.state.ledger, driver.state.running)
     assert given == [2, 1] and [each.preemptions for each in work] == [0, 1, 1]
     assert list(driver.state.waiting) == [work[1], work[2]]
     driver.run()
@@ -171,7 +172,7 @@ def test_what_is_asked_for_finds_the_prefix_of_the_background_that_it_displaces(
     assert plan.preempt == (work.number,) and [each.cached for each in plan.admit] == [32]
     while asked.number in driver.state.sequences:
         driver.execute(driver.plan())
-        driver.state.ledger.check(driver.state.running)
+        check_ledger(driver.state.ledger, driver.state.running)
     assert asked.cached_tokens == 32
     driver.run()
     assert work.output_length == 8
@@ -232,7 +233,7 @@ def test_all_finish_in_little_memory(seed: int) -> None:
         assert bool(computed) == bool(driver.state.sequences) and not (foreground and any(computed))
         waits.append(len(driver.state.waiting))
         driver.execute(plan)
-        driver.state.ledger.check(driver.state.running)
+        check_ledger(driver.state.ledger, driver.state.running)
     driver.run()
     assert max(waits) > 3 and driver.state.background == 0 and driver.state.ledger.used_blocks == 0
 
@@ -399,7 +400,7 @@ def converse(driver: Driver, programs: int, turns: int, draw: random.Random) -> 
                 later += [sequence] * (turn > 0)
         if driver.state.sequences:
             driver.execute(driver.plan())
-            driver.state.ledger.check(driver.state.running)
+            check_ledger(driver.state.ledger, driver.state.running)
         else:
             driver.now += 1.0
         for program, (sequence, turn) in list(running.items()):
@@ -434,4 +435,4 @@ def test_many_conversations_in_little_memory_finish(keep_seconds: float) -> None
     expire(driver.state, 1e10)
     assert len(driver.state.ledger.keeps) == 0 and not driver.state.ledger.pool.keeps
     assert driver.state.ledger.pool.evictable <= 8
-    driver.state.ledger.check([])
+    check_ledger(driver.state.ledger, [])

@@ -116,8 +116,9 @@ class Request:
     """One prompt as token ids, and how to continue it. `id` also seeds its randomness, unless `params.seed` does.
 
     `score` asks for the log probability of each prompt token, `embed` for one vector of its text: nothing is generated.
-    A server's requests say more: lower `priority` goes first; `background` work is computed only while there is no
-    other; turns of one `program` (a conversation) follow each other; prefixes are shared within one `owner` only.
+    A server's requests say more: lower `priority` goes first; `background` work is for the time when there is no
+    other, and for a small share of the rest; turns of one `program` (a conversation) follow each other; prefixes are
+    shared within one `owner` only.
     """
 
     id: str
@@ -142,7 +143,8 @@ class Sequence:
 
     There is no prefill and no decode phase: `tokens` are known, the first `computed` of them have their KV
     in the cache, and each step computes some more. `tables` (block ids by cache group, -1 where a sliding window
-    has freed the block) is owned by the cache's bookkeeping; the engine only reads it.
+    has freed the block) is owned by the cache's bookkeeping; the engine only reads it. So are the
+    first `dropped` blocks, gone since a policy made the prompt smaller: what it kept has moved to those that follow.
     """
 
     request: Request
@@ -153,6 +155,7 @@ class Sequence:
     tables: list[list[int]] = field(default_factory=list)
     cached_tokens: int = 0
     preemptions: int = 0
+    dropped: int = 0
 
     @property
     def prompt_length(self) -> int:

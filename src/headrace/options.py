@@ -6,6 +6,7 @@ A setting is a field of a frozen dataclass; its text lives in the field's metada
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,9 +17,11 @@ DEFAULT_MODEL = "smollm2-135m"
 PrecisionName = Literal["fp32", "bf16", "int8", "int4"]
 
 
-def setting(default: Any, meaning: str, *, metavar: str | None = None, low: float | None = None) -> Any:
-    """A dataclass field that knows its own one-line meaning and, for numbers, the least value allowed."""
-    return field(default=default, metadata={"meaning": meaning, "metavar": metavar, "low": low})
+def setting(
+    default: Any, meaning: str, *, metavar: str | None = None, low: float | None = None, high: float = math.inf
+) -> Any:
+    """A dataclass field that knows its own one-line meaning and, for numbers, the least and greatest value allowed."""
+    return field(default=default, metadata={"meaning": meaning, "metavar": metavar, "low": low, "high": high})
 
 
 class Options:
@@ -30,11 +33,14 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for each in fields(self):  # type: ignore[arg-type]
-            value, low = getattr(self, each.name), each.metadata["low"]
+            value, low, high = getattr(self, each.name), each.metadata["low"], each.metadata["high"]
             if get_origin(hints[each.name]) is Literal and value not in get_args(hints[each.name]):
                 raise InputError(f"{each.name} must be one of {', '.join(get_args(hints[each.name]))}, got {value!r}")
-            if low is not None and value is not None and (not isinstance(value, int | float) or value < low):
-                raise InputError(f"{each.name} must be a number of at least {low:g}, got {value!r}")
+            if low is None or value is None:
+                continue
+            if not isinstance(value, int | float) or not low <= value <= high:
+                limit = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                raise InputError(f"{each.name} must be a number {limit}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,12 @@ class EngineOptions(Options):
     )
     kv_memory_share: float = setting(
         0.4, "Share of the free memory for the KV cache where kv_cache_bytes is not given.", low=0
+    )
+    kv: str = setting(
+        "plain",
+        "How keys and values are kept: plain, or a policy that takes less memory at some loss, such as 'kivi(k=4, "
+        "v=4)'; `headrace eval kv` measures them.",
+        metavar="POLICY",
     )
     block_size: int = setting(
         32, "Tokens in a KV block: 16, 32, 64 or 128; equal prefixes are shared in whole blocks.", low=16
@@ -174,6 +186,9 @@ class ServeOptions(Options):
         0.2, "Seconds between two tokens of an answer that prefill beside it may make of them, at most.", low=0.001
     )
     short_prefill: int = setting(256, "Prompts with no more tokens to compute do not wait for longer ones.", low=0)
+    batch_share: float = setting(
+        0.1, "Share of the time that batches get under clients who never pause; 0: none.", low=0, high=0.5
+    )
     program_seconds: float = setting(
         2.0,
         "Keep the KV of a conversation so long for its next turn, if the client names it by prompt_cache_key.",

@@ -4,27 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import ceil, gcd
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
 class CacheGroup:
-    """Layers that share one block table: they see the same tokens. window is None where they see all of them."""
+    """Layers that share one block table: they see the same tokens. window is None where they see all of them.
+
+    A block has `layer_bytes` for each layer, either exact keys and values or, `sealed`, those of a policy's own form. A
+    layer whose older tokens are sealed is in two groups: a sealed one, and an exact one whose window is the tokens that
+    are read exactly.
+    """
 
     layers: tuple[int, ...]
     window: int | None = None
+    layer_bytes: int = 1
+    sealed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """How much of a prompt stays in the cache once all of it is computed; which tokens is the policy's matter.
+
+    keep     a share of the prompt's tokens if below 1, else so many tokens, rounded up to whole dropped blocks
+    queries  the policy looks at the last so many queries of a prompt: they are computed in one step where that can be
+    """
+
+    keep: float
+    queries: int = 1
+
+    def count_dropped(self, prompt: int, block_size: int) -> int:
+        """Blocks that a prompt of so many tokens loses."""
+        kept = ceil(prompt * self.keep) if self.keep < 1 else int(self.keep)
+        return max(0, prompt - max(kept, 1)) // block_size
+
+    def cut(self, prompt: int, start: int, length: int) -> int:
+        """A chunk's length, cut so that it ends with the prompt or leaves the last queries together."""
+        if start >= prompt:
+            return length
+        length = min(length, prompt - start)
+        rest = prompt - start - length
+        missing = self.queries - rest
+        return length - missing if 0 < rest < self.queries and length > missing else length
+
+
+class Place(NamedTuple):
+    """A cache group's index, and the layer's place among its layers."""
+
+    group: int
+    layer: int
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Groups of equally many layers: a block of any group has the same size, so any block serves any group."""
+    """Groups whose blocks are equally large, so that any block serves any group. block_size is in tokens.
+
+    shares_prefixes is False where a block holds what depends on more than the tokens up to it, shrink is None where
+    prompts stay as they are. A layout that shrinks shares nothing.
+    """
 
     block_size: int
     groups: tuple[CacheGroup, ...]
+    shares_prefixes: bool = True
+    shrink: Shrink | None = None
 
     @classmethod
-    def from_windows(cls, windows: Sequence[int | None], block_size: int) -> CacheLayout:
-        """Groups for layers with these windows: as few as can be of one size, each of one window.
+    def from_windows(cls, windows: Sequence[int | None], block_size: int, layer_bytes: int = 1) -> CacheLayout:
+        """Groups for exact layers with these windows: as few as can be of one size, each of one window.
 
         A model with 15 layers of one window and 3 global ones gets 6 groups of 3 layers.
         """
@@ -33,19 +80,33 @@ class CacheLayout:
             kinds.setdefault(window, []).append(layer)
         size = gcd(*map(len, kinds.values()))
         groups = [
-            CacheGroup(tuple(layers[start : start + size]), window)
+            CacheGroup(tuple(layers[start : start + size]), window, layer_bytes)
             for window, layers in kinds.items()
             for start in range(0, len(layers), size)
         ]
         return cls(block_size, tuple(groups))
 
     @property
-    def layers_per_group(self) -> int:
-        return len(self.groups[0].layers)
+    def block_bytes(self) -> int:
+        """Bytes of one block: what the largest group needs for block_size tokens of its layers."""
+        return max(len(group.layers) * group.layer_bytes for group in self.groups)
 
-    def place(self, layer: int) -> tuple[int, int]:
-        """The layer's group, and its index within that group. Raises ValueError for a layer that is not there."""
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that one more token of a long text takes over all layers."""
+        whole = sum(group.window is None for group in self.groups) or len(self.groups)
+        return self.block_bytes * whole / self.block_size
+
+    def place(self, layer: int) -> Place:
+        """Where the layer's exact blocks are. Raises ValueError for a layer that is not there."""
         for index, group in enumerate(self.groups):
-            if layer in group.layers:
-                return index, group.layers.index(layer)
+            if layer in group.layers and not group.sealed:
+                return Place(index, group.layers.index(layer))
         raise ValueError(f"layer {layer} is in no cache group")
+
+    def place_sealed(self, layer: int) -> Place | None:
+        """Where the layer's sealed blocks are; None if it has none."""
+        for index, group in enumerate(self.groups):
+            if layer in group.layers and group.sealed:
+                return Place(index, group.layers.index(layer))
+        return None

@@ -5,8 +5,6 @@ Knows nothing of tensors, of when a sequence runs, of what a block's bytes are, 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headrace.cache.blocks import BlockPool
@@ -47,7 +45,7 @@ class KVLedger:
         self.pool = BlockPool(num_blocks)
         self.tree = PrefixTree(layout)
         self.keeps = Keeps(self.pool)
-        self.prefix_cache = prefix_cache
+        self.prefix_cache = prefix_cache and layout.shares_prefixes
         self.retain_blocks = num_blocks if retain_blocks is None else retain_blocks
         self.full_groups = [index for index, group in enumerate(layout.groups) if group.window is None]
         self.windowed = [(index, group.window) for index, group in enumerate(layout.groups) if group.window is not None]
@@ -174,13 +172,22 @@ class KVLedger:
             slid[index] = max(slid[index], first)
         self._trim()
 
+    def shrink(self, sequence: Sequence, blocks: int) -> None:
+        """Take a sequence's first blocks away, but for those of sliding windows: what stays has moved to the others."""
+        for group in self.full_groups:
+            table = sequence.tables[group]
+            for position in range(blocks):
+                self._drop(table[position], group, sequence.number)
+                table[position] = ABSENT
+        sequence.dropped = blocks
+
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from a sequence, the last first: so a parent in the tree is never older than its children."""
         for position in range(len(sequence.tables[0]) - 1, -1, -1):
             for group, table in enumerate(sequence.tables):
                 if table[position] != ABSENT:
                     self._drop(table[position], group, sequence.number)
-        sequence.tables = []
+        sequence.tables, sequence.dropped = [], 0
         holding = self.holdings.pop(sequence.number)
         if holding.promise is not None:
             self.tree.fulfil(holding.promise)
@@ -269,32 +276,7 @@ class KVLedger:
                 self.holdings[self._holders[block]].private += 1
                 self.shared -= 1
 
-    def check(self, sequences: Iterable[Sequence]) -> None:
-        """Raise AssertionError unless pool, tree and the tables of these running sequences agree. O(blocks)."""
-        running = {sequence.number: sequence for sequence in sequences}
-        _require(running.keys() == self.holdings.keys(), "holdings are not those of the running sequences")
-        held = Counter(b for each in running.values() for table in each.tables for b in table if b != ABSENT)
-        _require(all(held[b] == count for b, count in enumerate(self.pool.references)), "a reference count is wrong")
-        _require(self.pool.cached_blocks() == self.tree.places.keys(), "cached blocks are not those in the tree")
-        full = {b for each in running.values() for g in self.full_groups for b in each.tables[g]}
-        _require(self.shared == sum(held[block] > 1 for block in full), "wrong number of shared blocks")
-        pins = Counter(holding.node for holding in self.holdings.values())
-        _require(all(node.pins == count for node, count in pins.items()), "a node's pins differ from its sequences")
-        promised = Counter(holding.promise for holding in self.holdings.values() if holding.promise is not None)
-        _require(dict(promised) == self.tree.promises, "promises are not those of the running sequences")
-        for number, sequence in running.items():
-            private = sum(held[block] == 1 for group in self.full_groups for block in sequence.tables[group])
-            _require(self.holdings[number].private == private, f"sequence {number}: wrong number of private blocks")
-        self.keeps.check()
-        self.pool.check()
-        self.tree.check()
-
 
 def first_seen(position: int, window: int) -> int:
     """The first token that a query at this position sees through a sliding window."""
     return max(0, position - window + 1)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)

@@ -1,60 +1,75 @@
-"""The memory of the KV cache: one key and one value tensor for each layer of a group. Knows nothing of sequences."""
+"""The memory of the KV cache: one arena of equal blocks, seen layer by layer. Knows nothing of sequences."""
 
 from __future__ import annotations
 
-import math
 import mmap
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from headrace.cache.layout import CacheLayout
+from headrace.cache.policies.base import KVPolicy, KVShape
+from headrace.kernels.base import LayerCache
 
 
 class PagedCache:
-    """Keys and values of `num_blocks` blocks, shared by all groups of a layout.
+    """`num_blocks` blocks, shared by all groups of a layout; what is in a block is as the policy's layout has it.
 
-    keys    [blocks, kv heads, head size / pair, block size, pair]: scores are computed for many keys at once
-    values  [blocks, kv heads, block size / pair, head size, pair]: outputs are computed for many head elements at once
+    Of an exact group a block has, layer by layer, keys and then values:
+    keys    [kv heads, head size / pair, block size, pair]: scores are computed for many keys at once
+    values  [kv heads, block size / pair, head size, pair]: outputs are computed for many head elements at once
+    planes  the policy's, float32 [kv heads, block size] each
 
-    where pair is 1 in float32 and 2 in bfloat16 (see `Kernels`).
+    where pair is 1 in float32 and 2 in bfloat16 (see `Kernels`). Of a sealed group it has, layer by layer, what the
+    policy's form says.
 
     Zero-filled, on a CPU by the operating system as blocks are first touched: an unused budget costs no memory.
     """
 
-    def __init__(
-        self, layout: CacheLayout, num_blocks: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: str
-    ) -> None:
-        self.layout = layout
+    def __init__(self, shape: KVShape, policy: KVPolicy, block_size: int, num_blocks: int, device: str) -> None:
+        self.layout = policy.arrange(shape, block_size)
         self.num_blocks = num_blocks
+        self.policy = policy
         self.device = device
-        self.block_bytes = block_bytes(layout, kv_heads, head_size, dtype)
-        pair = 4 // dtype.itemsize
-        key_shape = (num_blocks, kv_heads, head_size // pair, layout.block_size, pair)
-        value_shape = (num_blocks, kv_heads, layout.block_size // pair, head_size, pair)
-        layers = range(layout.layers_per_group)
-        self.keys = [make_zeros(key_shape, dtype, device) for _ in layers]
-        self.values = [make_zeros(value_shape, dtype, device) for _ in layers]
+        self.arena = make_zeros(num_blocks, self.layout.block_bytes, device)
+        self.layers = [self._view(layer, shape) for layer in range(len(shape.windows))]
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token takes over all layers."""
-        return self.block_bytes * len(self.layout.groups) // self.layout.block_size
+    def _view(self, layer: int, shape: KVShape) -> LayerCache:
+        place, sealed = self.layout.place(layer), self.layout.place_sealed(layer)
+        size, heads, head_size, pair = (
+            self.layout.block_size,
+            shape.kv_heads,
+            shape.head_size,
+            4 // shape.dtype.itemsize,
+        )
+        start = place.layer * self.layout.groups[place.group].layer_bytes
+        half = size * heads * head_size * shape.dtype.itemsize
+        keys, values = (self._part(start + each * half, half).view(shape.dtype) for each in range(2))
+        cache = LayerCache(
+            keys.view(-1, heads, head_size // pair, size, pair),
+            values.view(-1, heads, size // pair, head_size, pair),
+            place.group,
+        )
+        each = 4 * heads * size
+        for index, name in enumerate(self.policy.planes):
+            numbers = self._part(start + 2 * half + index * each, each).view(torch.float32).view(-1, heads, size)
+            cache = replace(cache, bias=numbers) if name == "bias" else replace(cache, mass=numbers)
+        if sealed is None:
+            return cache
+        each = self.layout.groups[sealed.group].layer_bytes
+        part = self._part(sealed.layer * each, each).view(-1, heads, each // heads)
+        return replace(
+            cache, sealed=part, form=self.policy.form, sealed_group=sealed.group, residual=self.policy.residual
+        )
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The key and the value tensor in which this layer's blocks lie, beside those of other groups."""
-        _, index = self.layout.place(layer)
-        return self.keys[index], self.values[index]
+    def _part(self, start: int, length: int) -> Tensor:
+        """Bytes of every block, uint8 [blocks, length]."""
+        return self.arena[:, start : start + length]
 
 
-def block_bytes(layout: CacheLayout, kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of block_size tokens in one group's layers."""
-    return 2 * layout.layers_per_group * layout.block_size * kv_heads * head_size * dtype.itemsize
-
-
-def make_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Zeros of this shape. torch.zeros would write, and so take, all of the memory at once; these come as touched."""
+def make_zeros(num_blocks: int, block_bytes: int, device: str) -> Tensor:
+    """uint8 zeros. torch.zeros would write, and so take, all of the memory at once; these come as touched."""
     if device != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(num_blocks, block_bytes, dtype=torch.uint8, device=device)
     # Memory of the C library's would be cleared, and so taken, where an earlier cache has given it back.
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    return torch.frombuffer(mmap.mmap(-1, num_blocks * block_bytes), dtype=torch.uint8).view(num_blocks, block_bytes)

@@ -25,7 +25,7 @@ def serve(config: Path | None, **flags: object) -> None:
 
     It listens on this machine only, unless --host says otherwise. Where a request says nothing, answers are drawn as
     the model's generation_config.json advises, else with temperature 1, and may be as long as the context allows.
-    Batches run while nothing else does.
+    Batches run while nothing else does, and get a tenth of the time under clients who never pause (--batch-share).
 
     \b
     Examples:

@@ -10,17 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headrace.cache.layout import CacheLayout
 from headrace.core import Chunk, Sequence
 from headrace.kernels.base import RaggedBatch
-from headrace.schedule.pieces import wanted_rows
+from headrace.schedule.pieces import count_shrinking, wanted_rows
 
 
-def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], block_size: int, device: str) -> RaggedBatch:
+def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout, device: str) -> RaggedBatch:
     """Lay the chunks' tokens end to end, in the plan's order.
 
     Logits are wanted for the last token of a chunk that reaches the end of what is known, and for every token of a
     request that is scored. Reads the sequences and their block tables, changes nothing.
     """
+    block_size = layout.block_size
     tokens: list[int] = []
     logit_rows: list[int] = []
     for chunk, sequence in scheduled:
@@ -33,6 +35,10 @@ def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], block_size: int, device
     positions = np.arange(len(tokens), dtype=np.int32) + (starts - query_starts[:-1])[owner]
     tables = [block_table([sequence.tables[group] for _, sequence in scheduled]) for group in groups(scheduled)]
     slots = [table[owner, positions // block_size].astype(np.int64) * block_size for table in tables]
+    last = np.flatnonzero(positions % block_size == block_size - 1)
+    filled = [np.ascontiguousarray(table[owner[last], positions[last] // block_size]) for table in tables]
+    dropped = np.array([sequence.dropped for _, sequence in scheduled], dtype=np.int32)
+    shrinks = np.array([count_shrinking(chunk, sequence, layout) for chunk, sequence in scheduled], dtype=np.int32)
 
     def send(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -45,6 +51,9 @@ def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], block_size: int, device
         block_tables=tuple(send(table) for table in tables),
         slots=tuple(send(slot + positions % block_size) for slot in slots),
         logit_rows=send(np.array(logit_rows, dtype=np.int64)),
+        filled=tuple(send(blocks) for blocks in filled),
+        begins=send(dropped * block_size) if dropped.any() else None,
+        shrinks=send(shrinks) if shrinks.any() else None,
     )
 
 

@@ -50,7 +50,8 @@ class Engine:
         self.seed = seed
         self.meter = meter or Meter(model.shape, None, Stopwatch())
         self.counters = Counters(
-            kv_bytes_per_token=cache.bytes_per_token, kv_budget_bytes=cache.num_blocks * cache.block_bytes
+            kv_bytes_per_token=round(cache.layout.bytes_per_token),
+            kv_budget_bytes=cache.num_blocks * cache.layout.block_bytes,
         )
         self.compiler = ConstraintCompiler(tokenizer, model.config.vocab_size)
         # For how many seconds the KV of a program stays for its next turn, once this one has ended.
@@ -106,7 +107,7 @@ class Engine:
                 return []
             apply(plan, self.state)
             scheduled = [(chunk, self.state.find(chunk.sequence)) for chunk in plan.chunks]
-            batch = build_batch(scheduled, self.cache.layout.block_size, self.cache.device)
+            batch = build_batch(scheduled, self.cache.layout, self.cache.device)
             pieces = describe_pieces(scheduled, self.cache.layout, self.state.ledger.pool.references)
         with self.meter.watch.part("between kernels"):
             hidden = self.model.forward(batch, self.cache)
@@ -168,7 +169,7 @@ class Engine:
             again = min(chunk.start + chunk.length, generation.reached or 0) - chunk.start
             counters.recomputed_tokens += max(0, again)
             counters.computed_prompt_tokens += generation.reach(chunk.start, chunk.start + chunk.length)
-        counters.kv_used_bytes = self.state.ledger.used_blocks * self.cache.block_bytes
+        counters.kv_used_bytes = self.state.ledger.used_blocks * self.cache.layout.block_bytes
         counters.kv_peak_bytes = max(counters.kv_peak_bytes, counters.kv_used_bytes)
 
     def _commit(self, scheduled: Rows[tuple[Chunk, Sequence]], hidden: Tensor) -> list[RequestOutput]:

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from headrace.cache.layout import CacheLayout
-from headrace.cache.paged import PagedCache, block_bytes
+from headrace.cache.paged import PagedCache
+from headrace.cache.policies.base import KVPolicy, KVShape
+from headrace.cache.policies.choice import make_policy
 from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.checkpoint.hashes import cache_folder
 from headrace.core import InputError
@@ -26,8 +26,7 @@ from headrace.meter.meter import Meter
 from headrace.meter.peaks import count_cores, describe_machine, load_peaks
 from headrace.meter.step_time import describe_setting, load_step_time
 from headrace.meter.stopwatch import Stopwatch
-from headrace.model import Model, ModelSettings, load_model
-from headrace.model.config import ModelConfig
+from headrace.model import ModelSettings, load_model
 from headrace.options import EngineOptions, PrecisionName
 from headrace.quant.packed import read_note
 from headrace.schedule.choice import SCHEDULES
@@ -63,6 +62,7 @@ class Choice:
     precision: PrecisionName
     precision_reason: str
     threads: int
+    policy: KVPolicy
 
     @property
     def machine(self) -> str:
@@ -86,7 +86,8 @@ def choose(options: EngineOptions, checkpoint: Checkpoint) -> Choice:
     precision, why = choose_precision(options, kernels.instruction_set, checkpoint.hash())
     machine = describe_machine(kernels.instruction_set)
     options = apply_tuned(options, checkpoint.hash(), machine, precision)
-    choice = Choice(options, kernels, precision, why, options.threads or count_cores())
+    policy = make_policy(options.kv)
+    choice = Choice(options, kernels, precision, why, options.threads or count_cores(), policy)
     if options.step_seconds is None:
         return choice
     found = load_step_time(describe_setting(checkpoint.hash(), machine, choice.settings))
@@ -109,21 +110,21 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     settings = ModelSettings(
         precision=precision,
         device=options.device,
-        block_size=options.block_size,
         max_context=options.max_context,
         packed_path=name_packed(checkpoint, precision, kernels.name) if options.keep_packed else None,
     )
     kernels.set_threads(threads)
     model = load_model(checkpoint, kernels, settings)
-    cache = make_cache(model, options, model.embedding.dtype)
+    num_blocks, _ = size_cache(model.kv_shape, choice.policy, options)
+    cache = PagedCache(model.kv_shape, choice.policy, options.block_size, num_blocks, options.device)
     context = model.config.context_length
-    state = SchedulerState.create(cache.layout, cache.num_blocks, options, context, cache.block_bytes)
+    state = SchedulerState.create(cache.layout, cache.num_blocks, options, context)
     tokenizer = checkpoint.tokenizer()
     meter = Meter(model.shape, load_peaks(choice.machine, threads), watch)
     engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule](), options.seed, meter)
     resolved = choice.settings | {
         "weights": model.note,
-        "kv_cache_bytes": cache.num_blocks * cache.block_bytes,
+        "kv_cache_bytes": cache.num_blocks * cache.layout.block_bytes,
         "max_context": model.config.context_length,
     }
     return LoadedEngine(engine, options, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
@@ -142,20 +143,13 @@ def describe_weights(options: EngineOptions, checkpoint: Checkpoint, precision: 
     return read_note(name_packed(checkpoint, precision, kernels)) if options.keep_packed else ""
 
 
-def make_cache(model: Model, options: EngineOptions, dtype: torch.dtype) -> PagedCache:
-    """A KV cache of as many whole blocks as the budget holds. Raises InputError if that is none."""
-    num_blocks, _ = size_cache(model.config, model.layout, options, dtype)
-    config = model.config
-    return PagedCache(model.layout, num_blocks, config.kv_heads, config.head_size, dtype, options.device)
-
-
-def size_cache(config: ModelConfig, layout: CacheLayout, options: EngineOptions, dtype: torch.dtype) -> tuple[int, int]:
-    """Blocks that the KV budget holds, and bytes of each. Raises InputError if it holds none."""
-    bytes_each = block_bytes(layout, config.kv_heads, config.head_size, dtype)
+def size_cache(shape: KVShape, policy: KVPolicy, options: EngineOptions) -> tuple[int, CacheLayout]:
+    """Blocks that the KV budget holds, and their layout. Raises InputError if it holds none."""
+    layout = policy.arrange(shape, options.block_size)
     budget = options.kv_cache_bytes or int(read_available_bytes() * options.kv_memory_share)
-    num_blocks = budget // bytes_each
+    num_blocks = budget // layout.block_bytes
     if num_blocks < 1:
         raise InputError(
-            f"kv_cache_bytes of {budget} holds no KV block: one block of this model takes {bytes_each} bytes"
+            f"kv_cache_bytes of {budget} holds no KV block: one block of this model takes {layout.block_bytes} bytes"
         )
-    return num_blocks, bytes_each
+    return num_blocks, layout

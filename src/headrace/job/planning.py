@@ -87,6 +87,6 @@ def list_changes(site: Site) -> Iterator[tuple[str, dict[str, Any]]]:
     while threads <= count_cores():
         yield f"threads {threads}", {"precision": site.choice.precision, "threads": threads}
         threads *= 2
-    budget = site.memory.num_blocks * site.memory.block_bytes
+    budget = site.memory.num_blocks * site.memory.layout.block_bytes
     for parts in (4, 16):
         yield f"KV memory / {parts}", {"precision": site.choice.precision, "kv_cache_bytes": max(1, budget // parts)}

@@ -28,9 +28,15 @@ class RaggedBatch:
     query_starts    [S+1]  sequence s owns tokens query_starts[s] to query_starts[s+1]
     context_lengths [S]    tokens of the sequence in the cache once this step has written its own
     block_tables    one [S, most blocks] per cache group: block ids in order; -1 where a window has freed the block
-                    and right of a sequence's last block. Kernels never read a -1 entry
+                    and right of a sequence's last block. Kernels never read a -1 entry. [S, kv heads, most blocks]
+                    where a policy has chosen exact blocks for each head
     slots           int64, one [T] per cache group: block id * block size + offset, where the token's K and V go
     logit_rows      int64 [R] tokens whose logits are wanted
+    filled          one [n] per cache group: the n blocks that this step fills, in the same order in every group
+    begins          [S]    the first token that is still in the cache, a multiple of the block size; None: all are
+    shrinks         [S]    so many blocks of the sequence are dropped after this step: before it ends, a policy moves
+                    what it keeps to those that follow; None: none anywhere
+    read_exactly    nothing is read sealed: all exact blocks are there
     """
 
     token_ids: Tensor
@@ -40,6 +46,10 @@ class RaggedBatch:
     block_tables: tuple[Tensor, ...]
     slots: tuple[Tensor, ...]
     logit_rows: Tensor
+    filled: tuple[Tensor, ...] = ()
+    begins: Tensor | None = None
+    shrinks: Tensor | None = None
+    read_exactly: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +59,59 @@ class AttentionSpec:
     scale     multiplies q.k
     window    a query at position p sees keys p - window + 1 to p; None: all keys up to p
     soft_cap  scores become soft_cap * tanh(score / soft_cap); None: off
-    group     index into RaggedBatch.block_tables and .slots
     """
 
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+
+
+UNIT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class SealedForm:
+    """Keys and values as codes of 2, 4 or 8 bits, after KIVI (arXiv 2402.02750, section 3).
+
+    Keys share a scale and a minimum (half precision each) by channel over 32 tokens, values by token over 32 channels.
+    A block is [kv heads, bytes of a head], a head's units of 32 tokens one after the other; `kernels.units` takes one
+    apart. Head and block size are multiples of 32.
+    """
+
+    key_bits: int
+    value_bits: int
+
+    def count_head_bytes(self, head_size: int, block_size: int) -> int:
+        """Bytes of one kv head of one block."""
+        codes = head_size * UNIT * (self.key_bits + self.value_bits) // 8
+        return block_size // UNIT * (codes + 8 * head_size)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's part of the KV cache; block ids count all of the pool's blocks in each of these tensors.
+
+    keys     [blocks, kv heads, head size / pair, block size, pair]
+    values   [blocks, kv heads, block size / pair, head size, pair]
+    bias     float32 [blocks, kv heads, block size], added to the scores of exact blocks; not together with a soft cap
+    mass     float32 [blocks, kv heads, block size], what a policy remembers of each exact token; no kernel reads it
+    group    index into RaggedBatch.block_tables and .slots of these exact blocks
+    sealed   uint8 [blocks, kv heads, bytes of a head] in `form`, where older blocks are sealed; no layer with a window
+             has that; sealed_group is their group
+    residual a query at position p reads the block of token p - residual + 1 and later ones exactly, earlier ones sealed
+
+    Only the last two dimensions of keys and values, and the last one of sealed, need be contiguous with the next.
+    """
+
+    keys: Tensor
+    values: Tensor
     group: int = 0
+    sealed: Tensor | None = None
+    form: SealedForm | None = None
+    sealed_group: int = 0
+    residual: int = 1
+    bias: Tensor | None = None
+    mass: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +137,7 @@ class Matrix:
     input_group: int = 0
     input_scales: Tensor | None = None
     bias: Tensor | None = None
+    mass: Tensor | None = None
     activation: Activation | None = None
 
     @property
@@ -195,21 +252,24 @@ class Kernels(Protocol):
         fused: Tensor,
         spec: HeadSpec,
         rotation: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: LayerCache,
         slots: Tensor,
     ) -> None:
         """Write a step's keys and values into one layer's cache, and make its queries ready, in place.
 
         fused [T, heads + 2 kv heads, D] holds queries, keys, values. Queries and keys are normed as spec says and
-        rotated by cos and sin, float32 [T, D/2] each; pairs are (i, i + D/2), as Hugging Face lays them out. cache is
-        the layer's keys and values; slots of neighbouring tokens of a sequence ascend."""
+        rotated by cos and sin, float32 [T, D/2] each; pairs are (i, i + D/2), as Hugging Face lays them out. Slots
+        of neighbouring tokens of a sequence ascend."""
         ...
 
-    def attention(
-        self, queries: Tensor, key_cache: Tensor, value_cache: Tensor, batch: RaggedBatch, spec: AttentionSpec
-    ) -> Tensor:
+    def seal(self, cache: LayerCache, exact: Tensor, sealed: Tensor) -> None:
+        """Write blocks `exact` [n], all of whose tokens are in the cache, in its form into blocks `sealed` [n] (int32).
+        Scales and minimums are rounded before codes are: round to nearest, ties to even, in float32."""
+        ...
+
+    def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         """Causal attention of queries [T, heads, D] (any stride between tokens) over their sequences' cached keys and
         values, this step's included: [T, heads, D] contiguous. heads is a multiple of kv heads; query head h reads
         kv head h // (heads / kv heads). Softmax in float32, its weights rounded to the
-        cache's dtype, which is that of the queries."""
+        cache's dtype, which is that of the queries; products of either with scales of sealed blocks are rounded too."""
         ...

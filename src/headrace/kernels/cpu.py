@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import headrace.kernels._cpu as _cpu
-from headrace.kernels.base import AttentionSpec, HeadSpec, Matrix, PackedWeight, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, LayerCache, Matrix, PackedWeight, RaggedBatch
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
@@ -21,6 +21,7 @@ PANEL = 32
 PARTS = ("panels", "scales", "bias", "group_scales", "group_minimums", "input_scales")
 # Of the next weight so much is fetched while nothing else is done: what a core's own cache holds.
 EXPECTED_BYTES = 2**20
+NOTHING_SEALED = (0, 0, 4, 4, 0, 0, 0)
 # Elements of a weight in a lane of 32 bits, by dtype.
 HELD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}
 
@@ -150,17 +151,17 @@ class CpuKernels:
         fused: Tensor,
         spec: HeadSpec,
         rotation: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: LayerCache,
         slots: Tensor,
     ) -> None:
-        described = describe_cache(*cache)
+        described = describe_cache(cache)
         tokens, every, _ = fused.shape
         if not fused.is_contiguous():
             raise ValueError(f"queries, keys and values {list(fused.shape)} must be contiguous")
         heads = (
             fused.data_ptr(),
             tokens,
-            every - 2 * described[2],
+            every - 2 * described[4],
             address(spec.query_norm),
             address(spec.key_norm),
             spec.eps,
@@ -168,21 +169,28 @@ class CpuKernels:
         )
         _cpu.place_heads(TYPES[fused.dtype], heads, described, slots.data_ptr())  # type: ignore[arg-type]
 
-    def attention(
-        self, queries: Tensor, key_cache: Tensor, value_cache: Tensor, batch: RaggedBatch, spec: AttentionSpec
-    ) -> Tensor:
+    def seal(self, cache: LayerCache, exact: Tensor, sealed: Tensor) -> None:
+        described = describe_cache(cache), describe_sealed(cache)
+        _cpu.seal(TYPES[cache.keys.dtype], *described, exact.data_ptr(), sealed.data_ptr(), exact.shape[0])
+
+    def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         y = torch.empty(queries.shape, dtype=queries.dtype)
-        table = batch.block_tables[spec.group]
+        table = batch.block_tables[cache.group]
         ragged = (
             batch.context_lengths.shape[0],
             batch.query_starts.data_ptr(),
             batch.positions.data_ptr(),
             table.data_ptr(),
-            table.shape[1],
+            table.stride(0),
+            table.stride(1) if table.dim() == 3 else 0,
+            address(batch.begins),
         )
+        sealed = NOTHING_SEALED
+        if cache.sealed is not None and not batch.read_exactly:
+            sealed = describe_sealed(cache, batch.block_tables[cache.sealed_group])
         numbers = (spec.scale, spec.window or 0, spec.soft_cap or 0.0)
-        cache = describe_cache(key_cache, value_cache)
-        _cpu.attention(TYPES[queries.dtype], describe_rows(queries), cache, ragged, numbers, y.data_ptr())
+        described = describe_cache(cache)
+        _cpu.attention(TYPES[queries.dtype], describe_rows(queries), described, sealed, ragged, numbers, y.data_ptr())
         return y
 
     def multiply_registers(self, dtype: torch.dtype, rounds: int) -> int:
@@ -219,14 +227,42 @@ def describe_rows(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), tokens, x.stride(0), heads, size
 
 
-def describe_cache(keys: Tensor, values: Tensor) -> tuple[int, int, int, int, int]:
-    """Addresses, kv heads, head size and block size of one layer's cache. Raises ValueError for an odd block size."""
-    _, kv_heads, _, block_size, pair = keys.shape
+def describe_cache(cache: LayerCache) -> tuple[int, int, int, int, int, int, int]:
+    """Addresses (the bias too), bytes between blocks, kv heads, head size and block size of one layer's exact blocks.
+
+    Raises ValueError for an odd block size and for blocks that are not as `LayerCache` says.
+    """
+    keys, values = cache.keys, cache.values
+    _, kv_heads, lanes, block_size, pair = keys.shape
     if block_size % 16:
         raise ValueError(f"the block size must be a multiple of 16, got {block_size}")
     if pair * keys.itemsize != 4:
         raise ValueError(f"a cache of {keys.dtype} must hold {4 // keys.itemsize} in a lane, got {pair}")
-    return keys.data_ptr(), values.data_ptr(), kv_heads, values.shape[3], block_size
+    stride = keys.stride(0)
+    if stride != values.stride(0) or keys.stride()[1:] != (lanes * block_size * pair, block_size * pair, pair, 1):
+        raise ValueError(f"a block's keys must be contiguous, and blocks equally far apart; strides {keys.stride()}")
+    if cache.bias is not None and (cache.bias.stride(0) * 4, cache.bias.stride(1)) != (
+        stride * keys.itemsize,
+        block_size,
+    ):
+        raise ValueError(f"a bias must lie in its block, contiguous; strides {cache.bias.stride()}")
+    addresses = keys.data_ptr(), values.data_ptr(), address(cache.bias)
+    return *addresses, stride * keys.itemsize, kv_heads, values.shape[3], block_size
+
+
+def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int, int, int, int, int, int, int]:
+    """Address, bytes between blocks, bits of keys and values, residual, table and its width, of sealed blocks.
+
+    Raises ValueError where there are none, or where their bytes are not what their form says.
+    """
+    if cache.sealed is None or cache.form is None:
+        raise ValueError("this layer's cache has no sealed blocks")
+    expected = cache.form.count_head_bytes(cache.values.shape[3], cache.keys.shape[3])
+    if cache.sealed.shape[2] != expected or cache.sealed.stride()[1:] != (expected, 1):
+        raise ValueError(f"sealed blocks {list(cache.sealed.shape)} need {expected} bytes a head, contiguous")
+    bits = cache.form.key_bits, cache.form.value_bits
+    width = 0 if table is None else table.shape[1]
+    return cache.sealed.data_ptr(), cache.sealed.stride(0), *bits, cache.residual, address(table), width
 
 
 def arrange(numbers: Tensor, out: int, panels: int) -> Tensor:

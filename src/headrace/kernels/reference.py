@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.kernels.base import Activation, AttentionSpec, HeadSpec, Matrix, PackedWeight, RaggedBatch
+from headrace.kernels.base import (
+    UNIT,
+    Activation,
+    AttentionSpec,
+    HeadSpec,
+    LayerCache,
+    Matrix,
+    PackedWeight,
+    RaggedBatch,
+)
+from headrace.kernels.units import pack_units, unpack_units
 
 ACTIVATIONS: tuple[Activation | None, ...] = (None, "silu", "gelu_tanh")
 
@@ -103,10 +113,10 @@ class ReferenceKernels:
         fused: Tensor,
         spec: HeadSpec,
         rotation: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: LayerCache,
         slots: Tensor,
     ) -> None:
-        key_cache, value_cache = cache
+        key_cache, value_cache = cache.keys, cache.values
         kv_heads = key_cache.shape[1]
         parts = [fused.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
         queries, keys, values = torch.split(fused, parts, dim=1)
@@ -119,38 +129,90 @@ class ReferenceKernels:
         key_cache[blocks, :, :, offsets] = keys.reshape(-1, kv_heads, lanes, pair)
         value_cache[blocks, :, offsets // pair, :, offsets % pair] = values
 
-    def attention(
-        self, queries: Tensor, key_cache: Tensor, value_cache: Tensor, batch: RaggedBatch, spec: AttentionSpec
-    ) -> Tensor:
+    def seal(self, cache: LayerCache, exact: Tensor, sealed: Tensor) -> None:
+        assert cache.sealed is not None and cache.form is not None
+        units = pack_units(*read_blocks(cache, exact.long()), cache.form)  # [kv heads, units, bytes]
+        cache.sealed[sealed.long()] = units.reshape(len(units), len(sealed), -1).transpose(0, 1)
+
+    def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-        block_size, groups = key_cache.shape[3], queries.shape[1] // key_cache.shape[1]
+        table = batch.block_tables[cache.group]
+        if table.dim() == 3:
+            for head, group in enumerate(output.chunk(table.shape[1], 1)):
+                part = take_head(cache, head)
+                chosen = replace(batch, block_tables=(table[:, head],))
+                rows = slice(head * group.shape[1], (head + 1) * group.shape[1])
+                group.copy_(self.attention(queries[:, rows], part, chosen, spec))
+            return output
         starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
-        for index, context in enumerate(contexts):
+        begins = [0] * len(contexts) if batch.begins is None else batch.begins.tolist()
+        for index, (begin, context) in enumerate(zip(begins, contexts, strict=True)):
             rows = slice(starts[index], starts[index + 1])
-            positions = batch.positions[rows]
-            first = 0 if spec.window is None else max(0, int(positions[0]) - spec.window + 1)
-            blocks = batch.block_tables[spec.group][index, first // block_size : -(-context // block_size)].long()
-            begin = first // block_size * block_size
-            # [blocks, kv heads, lanes, block size, pair] to [kv heads, tokens, D], and the values likewise
-            keys = key_cache[blocks].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)[:, : context - begin]
-            values = value_cache[blocks].permute(1, 0, 2, 4, 3).flatten(1, 3)[:, : context - begin]
-            places = torch.arange(begin, context, device=queries.device)
-            hidden = places[None] > positions[:, None]
-            if spec.window is not None:
-                hidden |= places[None] <= positions[:, None] - spec.window
-            output[rows] = self._attend(queries[rows].float(), keys.float(), values.float(), hidden, spec, groups)
+            seen = see_context(cache, batch, spec, index, begin, context)
+            output[rows] = self._attend(queries[rows].float(), *seen, spec)
         return output
 
-    def _attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, spec: AttentionSpec, groups: int
-    ) -> Tensor:
-        """Plain attention of queries [T, heads, D] over keys and values [kv heads, C, D]; hidden is bool [T, C]."""
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, added: Tensor, spec: AttentionSpec) -> Tensor:
+        """Plain attention of queries [T, heads, D] over keys and values [kv heads, C, D]; added [kv heads or 1, T, C]
+        joins the scores."""
+        groups = queries.shape[1] // keys.shape[0]
         keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
         scores = torch.einsum("thd,hcd->htc", queries, keys) * spec.scale
         if spec.soft_cap is not None:
             scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        return torch.einsum("htc,hcd->thd", weights, values)
+        added = added.expand(keys.shape[0] // groups, -1, -1).repeat_interleave(groups, 0)
+        return torch.einsum("htc,hcd->thd", (scores + added).softmax(-1), values)
+
+
+def see_context(
+    cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, index: int, begin: int, context: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values, float32 [kv heads, C, D], that some query of a sequence reads, and what is added to its scores
+    [kv heads or 1, T, C]: a bias, or -inf where a query does not read a token. Tokens that some read sealed and others
+    exactly come twice."""
+    size = cache.keys.shape[3]
+    positions = batch.positions[int(batch.query_starts[index]) : int(batch.query_starts[index + 1])]
+    oldest = torch.full_like(positions, begin)
+    if spec.window is not None:
+        oldest = torch.maximum(oldest, positions - spec.window + 1)
+    exact = oldest
+    if cache.sealed is not None and not batch.read_exactly:
+        exact = torch.maximum(oldest, (positions - cache.residual + 1).clamp(min=0) // size * size)
+    first = int(exact.min()) // size
+    blocks = batch.block_tables[cache.group][index, first : -(-context // size)].long()
+    keys, values = (each[:, : context - first * size] for each in read_blocks(cache, blocks))
+    places = torch.arange(first * size, context, device=positions.device)
+    added = hide((places[None] > positions[:, None]) | (places[None] < exact[:, None]))
+    if cache.bias is not None:
+        added = added + cache.bias[blocks].transpose(0, 1).flatten(1)[:, None, : context - first * size]
+    sealed_blocks = range(begin // size, int(exact.max()) // size)
+    if cache.sealed is None or cache.form is None or batch.read_exactly or not sealed_blocks:
+        return keys, values, added
+    blocks = batch.block_tables[cache.sealed_group][index, sealed_blocks.start : sealed_blocks.stop].long()
+    units = cache.sealed[blocks].transpose(0, 1).reshape(keys.shape[0], -1, cache.sealed.shape[2] * UNIT // size)
+    older = unpack_units(units, cache.form, cache.values.shape[3])
+    places = torch.arange(begin, begin + len(blocks) * size, device=positions.device)
+    hidden = hide(places[None] >= exact[:, None]).expand(added.shape[0], -1, -1)
+    return torch.cat([older[0], keys], 1), torch.cat([older[1], values], 1), torch.cat([hidden, added], 2)
+
+
+def hide(hidden: Tensor) -> Tensor:
+    """-inf where hidden [T, C], else 0: float32 [1, T, C]."""
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)[None]
+
+
+def take_head(cache: LayerCache, head: int) -> LayerCache:
+    """The exact blocks of one kv head, in group 0."""
+    own = slice(head, head + 1)
+    return LayerCache(cache.keys[:, own], cache.values[:, own], bias=None if cache.bias is None else cache.bias[:, own])
+
+
+def read_blocks(cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of exact blocks [n] one after the other, float32 [kv heads, n * block size, D] each."""
+    # [blocks, kv heads, lanes, block size, pair] to [kv heads, tokens, D], and the values likewise
+    keys = cache.keys[blocks].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
+    values = cache.values[blocks].permute(1, 0, 2, 4, 3).flatten(1, 3)
+    return keys.float(), values.float()
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:

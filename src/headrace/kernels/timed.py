@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, Matrix, PackedWeight, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, LayerCache, Matrix, PackedWeight, RaggedBatch
 from headrace.meter.meter import product_part
 from headrace.meter.stopwatch import Stopwatch
 
@@ -61,14 +61,16 @@ class TimedKernels:
         fused: Tensor,
         spec: HeadSpec,
         rotation: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: LayerCache,
         slots: Tensor,
     ) -> None:
         with self.watch.part("other kernels"):
             self.kernels.place_heads(fused, spec, rotation, cache, slots)
 
-    def attention(
-        self, queries: Tensor, key_cache: Tensor, value_cache: Tensor, batch: RaggedBatch, spec: AttentionSpec
-    ) -> Tensor:
+    def seal(self, cache: LayerCache, exact: Tensor, sealed: Tensor) -> None:
+        with self.watch.part("other kernels"):
+            self.kernels.seal(cache, exact, sealed)
+
+    def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         with self.watch.part("attention"):
-            return self.kernels.attention(queries, key_cache, value_cache, batch, spec)
+            return self.kernels.attention(queries, cache, batch, spec)

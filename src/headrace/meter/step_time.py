@@ -97,7 +97,7 @@ def interpolate(table: Table, count: int) -> float:
 
 def describe_setting(model_hash: str, machine: str, resolved: dict[str, Any]) -> str:
     """For what a measurement holds: the model, the processor, and the settings that change a step's time."""
-    names = ("precision", "device", "kernels", "threads", "block_size")
+    names = ("precision", "device", "kernels", "threads", "block_size", "kv")
     return " ".join([model_hash[:16], machine, *(f"{name}={resolved[name]}" for name in names)])
 
 

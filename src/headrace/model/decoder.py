@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from headrace.cache.layout import CacheLayout
 from headrace.cache.paged import PagedCache
+from headrace.cache.policies.base import KVShape, LayerStep
 from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, RaggedBatch
 from headrace.meter.operations import ModelShape
 from headrace.model.config import ModelConfig
@@ -47,7 +47,6 @@ class Model:
     def __init__(
         self,
         config: ModelConfig,
-        layout: CacheLayout,
         kernels: Kernels,
         embedding: Tensor,
         layers: list[Layer],
@@ -55,7 +54,6 @@ class Model:
         head: Linear,
     ) -> None:
         self.config = config
-        self.layout = layout
         self.kernels = kernels
         self.embedding = embedding
         self.layers = layers
@@ -66,10 +64,8 @@ class Model:
         device = str(embedding.device)
         self.ropes = [RotaryTable(each, config.head_size, config.context_length, device) for each in config.ropes]
         self.attention = [
-            AttentionSpec(config.query_scale, window, config.attention_soft_cap, layout.place(layer)[0])
-            for layer, window in enumerate(config.windows)
+            AttentionSpec(config.query_scale, window, config.attention_soft_cap) for window in config.windows
         ]
-
         kernels.expect([product.weight for product in self.products])
 
     @property
@@ -85,6 +81,10 @@ class Model:
         """Bytes of all weights."""
         ends = self.embedding.nbytes + self.head.nbytes + self.final_norm.nbytes
         return ends + sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def kv_shape(self) -> KVShape:
+        return describe_kv(self.config, self.embedding.dtype)
 
     @property
     def shape(self) -> ModelShape:
@@ -149,7 +149,12 @@ class Model:
         output projection: [T, heads * D]. Writes the layer's keys and values."""
         config, spec = self.config, self.attention[index]
         fused = fused.view(-1, config.heads + 2 * config.kv_heads, config.head_size)
-        keys, values = cache.layer(index)
-        self.kernels.place_heads(fused, self.layers[index].heads, rotation, (keys, values), batch.slots[spec.group])
-        attended = self.kernels.attention(fused[:, : config.heads], keys, values, batch, spec)
-        return attended.flatten(1)
+        layer = cache.layers[index]
+        self.kernels.place_heads(fused, self.layers[index].heads, rotation, layer, batch.slots[layer.group])
+        step = LayerStep(index, fused[:, : config.heads], layer, batch, spec, self.kernels)
+        return cache.policy.attend(step).flatten(1)
+
+
+def describe_kv(config: ModelConfig, dtype: torch.dtype) -> KVShape:
+    """What keys and values of such a model look like in this dtype."""
+    return KVShape(config.windows, config.kv_heads, config.head_size, dtype)

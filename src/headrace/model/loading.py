@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from headrace.cache.layout import CacheLayout
 from headrace.core import InputError, ModelError
 from headrace.kernels.base import Activation, HeadSpec, Kernels, Matrix
 from headrace.model.config import ModelConfig
@@ -56,7 +55,6 @@ class ModelSettings:
 
     precision: PrecisionName = "fp32"
     device: str = "cpu"
-    block_size: int = 32
     max_context: int | None = None
     packed_path: Path | None = None
     rounding: Rounding | None = None
@@ -73,7 +71,6 @@ def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> M
     embedding = loader.table("model.embed_tokens", (config.vocab_size, config.hidden_size))
     model = Model(
         config,
-        CacheLayout.from_windows(config.windows, settings.block_size),
         kernels,
         embedding,
         [loader.layer(index) for index in range(config.layers)],

@@ -39,14 +39,13 @@ class Memory:
 
     layout: CacheLayout
     num_blocks: int
-    block_bytes: int
     context_length: int
 
     @classmethod
     def of_engine(cls, engine: Engine) -> Memory:
         """That of an engine that is loaded."""
         cache = engine.cache
-        return cls(cache.layout, cache.num_blocks, cache.block_bytes, engine.context_length)
+        return cls(cache.layout, cache.num_blocks, engine.context_length)
 
 
 @dataclass(slots=True)
@@ -83,9 +82,7 @@ class Simulator:
         step_time: StepTime | None,
         watch: Callable[[StepPlan], None] | None = None,
     ) -> None:
-        self.state = SchedulerState.create(
-            memory.layout, memory.num_blocks, options, memory.context_length, memory.block_bytes
-        )
+        self.state = SchedulerState.create(memory.layout, memory.num_blocks, options, memory.context_length)
         self.schedule = SCHEDULES[options.schedule]()
         self.step_time = step_time
         self.watch = watch

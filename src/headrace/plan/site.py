@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.cache.layout import CacheLayout
 from headrace.checkpoint import Checkpoint
 from headrace.engine.loading import Choice, choose, size_cache
 from headrace.meter.step_time import StepTime, describe_setting, load_step_time
+from headrace.model import describe_kv
 from headrace.model.loading import limit_context, read_config
 from headrace.options import EngineOptions
 from headrace.plan.simulator import Memory
@@ -37,7 +37,6 @@ def open_site(options: EngineOptions, checkpoint: Checkpoint) -> Site:
     choice = choose(options, checkpoint)
     options = choice.options
     config = limit_context(read_config(checkpoint.config), options.max_context)
-    layout = CacheLayout.from_windows(config.windows, options.block_size)
-    num_blocks, block_bytes = size_cache(config, layout, options, FORMATS[choice.precision].dtype)
-    memory = Memory(layout, num_blocks, block_bytes, config.context_length)
+    num_blocks, layout = size_cache(describe_kv(config, FORMATS[choice.precision].dtype), choice.policy, options)
+    memory = Memory(layout, num_blocks, config.context_length)
     return Site(choice, memory, load_step_time(describe_setting(checkpoint.hash(), choice.machine, choice.settings)))

@@ -6,6 +6,7 @@ from itertools import takewhile
 
 from headrace.core import Sequence, StepPlan
 from headrace.schedule.base import Schedule
+from headrace.schedule.pieces import count_shrinking
 from headrace.schedule.state import SchedulerState
 
 
@@ -78,8 +79,12 @@ def advance(plan: StepPlan, state: SchedulerState) -> None:
     for chunk in plan.chunks:
         sequence = state.find(chunk.sequence)
         sequence.computed += chunk.length
+        state.background_computed += chunk.length * sequence.request.background
         state.ledger.publish(sequence)
         state.ledger.slide(sequence)
+        blocks = count_shrinking(chunk, sequence, state.ledger.layout)
+        if blocks:
+            state.ledger.shrink(sequence, blocks)
 
 
 def finish(sequence: Sequence, state: SchedulerState, keep_until: float | None = None) -> None:

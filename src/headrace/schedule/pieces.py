@@ -17,13 +17,22 @@ def describe_pieces(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout
     pieces = []
     for chunk, sequence in scheduled:
         blocks = [] if whole is None else sequence.tables[whole][: chunk.start // layout.block_size]
-        held = list(takewhile(lambda block: references[block] > 1, blocks))
+        # Where blocks are dropped none is shared; what is left counts as if it were at the text's beginning.
+        held = [] if sequence.dropped else list(takewhile(lambda block: references[block] > 1, blocks))
         shared = sum(1 for block in held if block in read) * layout.block_size
         read.update(held)
         output = chunk.start >= sequence.prompt_length
         logits = 0 if sequence.request.embed else len(wanted_rows(chunk, sequence))
-        pieces.append(Piece(chunk.start, chunk.length, logits, output, shared))
+        seen = chunk.start - sequence.dropped * layout.block_size
+        pieces.append(Piece(seen, chunk.length, logits, output, shared))
     return pieces
+
+
+def count_shrinking(chunk: Chunk, sequence: Sequence, layout: CacheLayout) -> int:
+    """Blocks that a sequence loses once this chunk is computed: some if it completes a prompt that will be answered."""
+    if layout.shrink is None or chunk.start + chunk.length != sequence.prompt_length or not sequence.request.generates:
+        return 0
+    return layout.shrink.count_dropped(sequence.prompt_length, layout.block_size)
 
 
 def wanted_rows(chunk: Chunk, sequence: Sequence) -> range:

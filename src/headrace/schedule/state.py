@@ -20,12 +20,14 @@ MOST_PROGRAMS = 4096
 class Limits:
     """Bounds of a step: tokens computed, and sequences that run. Both at least 1.
 
-    Prompts with at most `short_prefill` tokens to compute do not wait for longer ones; None: all are alike.
+    Prompts with at most `short_prefill` tokens to compute do not wait for longer ones; None: all are alike. Beside
+    foreground, the background has `background_tokens` more, with as many places of its own; 0: it pauses.
     """
 
     step_tokens: int
     max_sequences: int
     short_prefill: int | None = None
+    background_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.step_tokens < 1 or self.max_sequences < 1:
@@ -34,6 +36,8 @@ class Limits:
             )
         if self.short_prefill is not None and self.short_prefill < 0:
             raise ValueError(f"short_prefill must be at least 0, got {self.short_prefill}")
+        if self.background_tokens < 0:
+            raise ValueError(f"background_tokens must be at least 0, got {self.background_tokens}")
 
 
 @dataclass(slots=True)
@@ -43,8 +47,8 @@ class SchedulerState:
     `waiting` is in the order in which the schedule wants them admitted, preempted sequences before all others, but all
     background after all foreground; those that came since it was asked stand at the end, and `arrived` says that there
     are some; `arranged` is the highest number that it has seen. `running` is in the order of admission. `background`
-    counts the sequences of background requests. `programs` has the number of each program's first sequence, for the
-    4096 that had a turn last.
+    counts the sequences of background requests, `background_computed` the tokens that any were given so far. `programs`
+    has the number of each program's first sequence, for the 4096 that had a turn last.
     """
 
     ledger: KVLedger
@@ -56,6 +60,7 @@ class SchedulerState:
     arrived: bool = False
     arranged: int = -1
     background: int = 0
+    background_computed: int = 0
     programs: OrderedDict[Program, int] = field(default_factory=OrderedDict)
 
     @classmethod
@@ -65,10 +70,9 @@ class SchedulerState:
         num_blocks: int,
         options: EngineOptions,
         context_length: int | None = None,
-        block_bytes: int = 1,
     ) -> SchedulerState:
         """An empty state over a pool of `num_blocks` blocks; no sequence will grow beyond `context_length` tokens."""
-        ledger = KVLedger(layout, num_blocks, options.prefix_cache, options.prefix_retain_bytes // block_bytes)
+        ledger = KVLedger(layout, num_blocks, options.prefix_cache, options.prefix_retain_bytes // layout.block_bytes)
         lengths = ADMISSIONS[options.admission](context_length)
         return cls(ledger, Limits(options.step_tokens, options.max_sequences), lengths)
 

@@ -33,6 +33,9 @@ def plan_step(state: SchedulerState, limits: Limits) -> StepPlan:
        with its first chunk, while tokens, `max_sequences` and the predicted future peak (whole prompts included) allow.
        The first that does not fit ends this; only those whose next block a running sequence is computing are stepped
        over. If nothing runs, the first is admitted whatever is predicted.
+    5. With `background_tokens`, and foreground, the background then has steps 1 to 4 to itself: with that budget, the
+       blocks that are left, and nobody to preempt but its own. It is admitted only if nothing was preempted and no
+       foreground waits for memory or a place, and only if the predicted peak of all together fits.
 
     `apply` executes the plan: admit, each with the whole blocks of tokens that the prefix tree has of it now; preempt;
     compute the chunks, at most one a sequence, starting at what it has computed.
@@ -45,21 +48,29 @@ def plan_step(state: SchedulerState, limits: Limits) -> StepPlan:
     as everything but its own hit can be had. The oldest running sequence is never preempted, so what it computed is
     never lost and it ends; then the next is the oldest. That holds of the foreground whatever background there is. So
     foreground that waits without any that runs is admitted at once, background waits for it only while it is being
-    computed, and when no more comes the background is what runs and waits.
+    computed, and when no more comes the background is what runs and waits. What step 5 adds changes none of this: it
+    comes after all that the foreground gets, and what it takes gives way to the foreground in the next plan. While the
+    pool is large enough for both, the oldest background gets on by the same steps, and ends beside any foreground.
     """
     draft = _Draft(state, limits)
     computing = len(draft.alive)
     draft.run_decodes()
     draft.run_prefills()
-    if len(draft.alive) == computing:
-        draft.admit_waiting()
+    roomy = len(draft.alive) == computing and draft.admit_waiting()
+    if limits.background_tokens and not draft.background:
+        draft.turn_to_background()
+        draft.run_decodes()
+        draft.run_prefills()
+        if roomy and not draft.preempted:
+            draft.admit_waiting()
     return StepPlan(tuple(draft.chunks), tuple(draft.admitted), tuple(draft.preempted))
 
 
 class _Draft:
     """A plan in the making: what it has taken from the budget and the pool so far.
 
-    `alive` are the running sequences that compute, `paused` those that do not, both in order of admission.
+    `alive` are the running sequences that compute, `paused` those that do not, both in order of admission. `background`
+    says whose turn it is.
     """
 
     def __init__(self, state: SchedulerState, limits: Limits) -> None:
@@ -73,7 +84,8 @@ class _Draft:
         self.admitted: list[Admission] = []
         self.preempted: list[int] = []
         self.promised: set[BlockKey] = set()
-        if state.background and self.foreground:
+        self.background = state.background == len(state.sequences)
+        if state.background and not self.background:
             self.alive = [each for each in state.running if not each.request.background]
             self.paused = [each for each in state.running if each.request.background]
         self.pausing = bool(self.paused)
@@ -82,14 +94,15 @@ class _Draft:
             self.promised.update(promise for promise in promises if promise is not None)
 
     @property
-    def foreground(self) -> bool:
-        """Whether there is any."""
-        return self.state.background < len(self.state.sequences)
-
-    @property
     def places(self) -> int:
         """How many sequences more may compute."""
         return min(self.limits.max_sequences, self.limits.step_tokens) - len(self.alive)
+
+    def turn_to_background(self) -> None:
+        """The foreground has what it can have; the background goes on with what is left."""
+        self.background, self.pausing = True, False
+        self.alive, self.paused = self.paused, []
+        self.budget = self.limits.background_tokens
 
     def run_decodes(self) -> None:
         """One token for every running sequence that has one to compute."""
@@ -129,17 +142,19 @@ class _Draft:
             length = self._run(sequence, computed, blocks, most)
             reserved -= length if long else 0
 
-    def admit_waiting(self) -> None:
-        """Admit from the front of the queue until something does not fit."""
-        places, foreground = self.places, self.foreground
+    def admit_waiting(self) -> bool:
+        """Admit from the front of the queue until something does not fit; False if that is for memory or a place."""
+        places = self.places
         outlook: Outlook | None = None
         skipped: Request | None = None
         deferred = 0
         for sequence in self.state.waiting:
+            if sequence.request.background is not self.background:
+                if sequence.request.background:
+                    return True
+                continue
             if self.budget == 0 or len(self.admitted) >= places or deferred == LOOK_AHEAD:
-                return
-            if foreground and sequence.request.background:
-                return
+                return len(self.admitted) < places
             # Choices of one request that never ran have equal tokens: if one has to wait for its prefix, so do the
             # next. (Preempted ones stand before them all.)
             hit = None if sequence.request is skipped else self.state.ledger.match(sequence)
@@ -148,16 +163,25 @@ class _Draft:
                 deferred += 1
                 continue
             if outlook is None:
-                outlook = Outlook(
-                    self.state.ledger, self.state.lengths, self.limits.step_tokens, self.alive, not self.pausing
-                )
+                outlook = self._look_out()
             if not self._admit(sequence, hit, outlook):
-                return
+                return False
+        return True
+
+    def _look_out(self) -> Outlook:
+        """The demands of what runs, but for what pauses, and of what this plan has admitted before."""
+        state = self.state
+        running = self.alive if self.pausing else state.running
+        outlook = Outlook(state.ledger, state.lengths, self.limits.step_tokens, running, not self.pausing)
+        for each in self.admitted:
+            sequence = state.find(each.sequence)
+            outlook.add(sequence, state.ledger.match(sequence))
+        return outlook
 
     def _admit(self, sequence: Sequence, hit: Hit, outlook: Outlook) -> bool:
         """Admit a waiting sequence with its first chunk, if it fits."""
         ledger = self.state.ledger
-        alone = not self.alive and not self.admitted
+        alone = not self.alive and not self.chunks
         outlook.add(sequence, hit)
         if not alone and outlook.peak() > ledger.num_blocks:
             return False
@@ -180,7 +204,7 @@ class _Draft:
     def _reserve(self, prefills: list[Sequence]) -> int:
         """Tokens that are for long prefills of the foreground, and no more for them; 0 if they are not held back."""
         state, limit = self.state, self.limits.short_prefill
-        if limit is None or not prefills or not self.foreground:
+        if limit is None or not prefills or self.background:
             return 0
         waits = self.places > 0 and short_waits(state.waiting, state.ledger, limit)
         return reserve_for_long(prefills, waits, self.budget, limit)
@@ -195,6 +219,8 @@ class _Draft:
         length = min(most, self.room.fitting(computed, blocks))
         if length < 1:
             return 0
+        if self.room.layout.shrink is not None:
+            length = self.room.layout.shrink.cut(sequence.prompt_length, computed, length)
         self.chunks.append(Chunk(sequence.number, computed, length))
         self.budget -= length
         self.room.take(computed + length, blocks)

@@ -1,6 +1,6 @@
 """How long steps may take: so that answers beside a prefill go on without a halt, and no batch is in a client's way.
 
-Knows no request.
+Nor are clients in a batch's way for ever: they owe batches a share of the time. Knows no request.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from headrace.checkpoint import open_checkpoint
 from headrace.core import Sequence
@@ -26,8 +27,18 @@ UNMEASURED = 256
 # many seconds after the last one.
 GENTLE_SECONDS, CALM_SECONDS = 0.03, 10.0
 GENTLE_UNMEASURED = 32
+# What batches had in a pause counts for what they are owed later, and the other way round, up to so many seconds.
+MOST_DEBT = 1.0
 
 Clock = Callable[[], float]
+
+
+class Spent(NamedTuple):
+    """What steps took and computed, and how much of that for batches: a token takes its part of its step's time."""
+
+    seconds: float
+    tokens: int
+    background: int
 
 
 class Pace:
@@ -37,8 +48,11 @@ class Pace:
         self._serve = serve
         self._clock = clock
         self._measured: StepTime | None = None
-        self._limits = self._gentle = Limits(1, 1)
+        self._limits = self._gentle = self._shared = Limits(1, 1)
         self._busy_until = -1.0
+        self._debt = 0.0
+        self._owing = False
+        self._spent = Spent(0.0, 0, 0)
         self.patience = Patience(serve.program_seconds, serve.program_learned, clock)
 
     def fit(self, options: EngineOptions) -> EngineOptions:
@@ -66,6 +80,7 @@ class Pace:
         if self._measured is not None:
             few = self._measured.most_tokens(GENTLE_SECONDS, most)
         self._gentle = replace(self._limits, step_tokens=few)
+        self._shared = replace(self._limits, background_tokens=few)
         engine.state.limits = self._limits
         prefill = engine.meter.phases["prefill"]
 
@@ -80,4 +95,24 @@ class Pace:
         now = self._clock()
         if clients:
             self._busy_until = now + CALM_SECONDS
-        engine.state.limits = self._gentle if not clients and now < self._busy_until else self._limits
+        self._settle(engine)
+        if clients:
+            engine.state.limits = self._shared if self._debt > 0 else self._limits
+        else:
+            engine.state.limits = self._gentle if now < self._busy_until else self._limits
+
+    def _settle(self, engine: Engine) -> None:
+        """Enter the steps since the last time, if batches were there: their share of the time, less what they had."""
+        before, self._spent = self._spent, read_spent(engine)
+        seconds, tokens, background = (now - then for now, then in zip(self._spent, before, strict=True))
+        if self._owing and tokens:
+            debt = self._debt + seconds * (self._serve.batch_share - background / tokens)
+            self._debt = max(-MOST_DEBT, min(debt, MOST_DEBT))
+        self._owing = engine.state.background > 0
+
+
+def read_spent(engine: Engine) -> Spent:
+    """The sums of an engine since it was made."""
+    phases = engine.meter.phases.values()
+    seconds, tokens = sum(each.seconds for each in phases), sum(each.tokens for each in phases)
+    return Spent(seconds, tokens, engine.state.background_computed)

@@ -116,7 +116,7 @@ class Stats:
             running=running,
             waiting=max(0, len(worker.exchanges) - running),
             background=len(worker.others),
-            kv_used_bytes=state.ledger.used_blocks * engine.cache.block_bytes,
+            kv_used_bytes=state.ledger.used_blocks * engine.cache.layout.block_bytes,
             kv_budget_bytes=counters.kv_budget_bytes,
             preemptions=counters.preemptions,
             prompt_tokens=counters.prompt_tokens,

@@ -5,6 +5,7 @@
 // prefix), which read those together and what is left each for itself. Spans of a few blocks are taken in ascending order
 // from position 0, and each (query, head) does the same arithmetic in the same order as if it were alone: a row's bits do
 // not depend on chunk or batch, nor on who shares its prefix.
+// Where blocks are sealed, a query reads the older ones sealed and then the newer ones exactly.
 // In bfloat16 queries, keys, values and softmax weights are bfloat16, sums and the softmax float32.
 #pragma once
 
@@ -22,6 +23,7 @@ template <class T>
 struct Call {
     const Rows& queries;
     const Cache& cache;
+    const Sealed& sealed;
     const Batch& batch;
     const Attention& spec;
     T* y;
@@ -32,14 +34,23 @@ struct Call {
     int64_t start(int64_t place) const { return batch.starts[order[place]]; }
     int64_t length(int64_t place) const { return batch.starts[order[place] + 1] - start(place); }
     int64_t position(int64_t place) const { return batch.positions[start(place)]; }
-    const int32_t* table(int64_t place) const { return batch.tables + order[place] * batch.table_stride; }
+    const int32_t* table(int64_t place, int64_t head = 0) const {
+        return batch.tables + order[place] * batch.table_stride + head * batch.head_stride;
+    }
+    const int32_t* sealed_table(int64_t place) const { return sealed.tables + order[place] * sealed.table_stride; }
+    // The blocks that many sequences may read as one: the sealed ones where there are any.
+    const int32_t* shared_table(int64_t place) const { return sealed.data ? sealed_table(place) : table(place); }
+    Sight sight(int64_t place) const {
+        return {batch.begins ? batch.begins[order[place]] : 0, spec.window, sealed.data ? sealed.residual : 0, cache.block_size};
+    }
 
     // Whether two sequences of one token each have the same blocks from span `begin` on for a span, and see all of it.
     bool share(int64_t one, int64_t other, int64_t begin) const {
-        int64_t end = begin + span_blocks();
-        if (spec.window || length(one) != 1 || length(other) != 1) return false;
-        if (std::min(position(one), position(other)) + 1 < end * cache.block_size) return false;
-        return std::equal(table(one) + begin, table(one) + end, table(other) + begin);
+        int64_t end = begin + span_blocks(), least = std::min(position(one), position(other));
+        if (spec.window || batch.head_stride || length(one) != 1 || length(other) != 1) return false;
+        if (std::max(sight(one).begin, sight(other).begin) > begin * cache.block_size) return false;
+        if ((sealed.data ? sight(one).find_exact(least) : least + 1) < end * cache.block_size) return false;
+        return std::equal(shared_table(one) + begin, shared_table(one) + end, shared_table(other) + begin);
     }
 };
 
@@ -58,11 +69,27 @@ struct Worker {
     // Blocks begin..begin+count of a sequence, of which it has written so many tokens in all.
     Span find(int64_t place, int64_t begin, int64_t first, int64_t last, int64_t tokens) const {
         int64_t written = std::min(size, tokens - (begin + last - 1) * size);
-        Span span{{}, {}, first, last, (written + Tile<T>::PAIR - 1) / Tile<T>::PAIR};
+        Span span{{}, {}, {}, first, last, (written + Tile<T>::PAIR - 1) / Tile<T>::PAIR};
         for (int64_t block = first; block < last; block++) {
-            int64_t at = ((int64_t)call.table(place)[begin + block] * call.cache.kv_heads + task.head) * head * size;
-            span.keys[block] = (const uint32_t*)((const T*)call.cache.keys + at);
-            span.values[block] = (const uint32_t*)((const T*)call.cache.values + at);
+            int64_t from = call.table(place, task.head)[begin + block] * call.cache.stride, row = task.head * size;
+            span.keys[block] = (const uint32_t*)(call.cache.keys + from + row * head * (int64_t)sizeof(T));
+            span.values[block] = (const uint32_t*)(call.cache.values + from + row * head * (int64_t)sizeof(T));
+            span.bias[block] = call.cache.bias ? (const float*)(call.cache.bias + from) + row : nullptr;
+        }
+        return span;
+    }
+
+    // The same of its sealed blocks, of which it has `all`.
+    SealedSpan find_sealed(int64_t place, int64_t begin, int64_t first, int64_t last, int64_t all) const {
+        int64_t units = size / UNIT;
+        SealedSpan span{{}, {}, first, last, first * units, last * units, {head, call.sealed.key_bits, call.sealed.value_bits}};
+        auto find = [&](int64_t unit) {
+            int64_t block = call.sealed_table(place)[begin + unit / units];
+            return call.sealed.data + block * call.sealed.stride + (task.head * units + unit % units) * span.shape.bytes();
+        };
+        for (int64_t unit = span.from; unit < span.to; unit++) {
+            span.units[unit] = find(unit);
+            span.ahead[unit] = begin + blocks + unit / units < all ? find(unit + blocks * units) : nullptr;
         }
         return span;
     }
@@ -70,11 +97,16 @@ struct Worker {
     // One sequence's tokens from the block `begin` on, whose rows in the scratch begin at `base`.
     void run_alone(int64_t place, int64_t begin, int64_t base) {
         int64_t position = call.position(place) + task.token, end = position + task.tokens;
-        int64_t seen = call.spec.window && position >= call.spec.window ? (position - call.spec.window + 1) / size : 0;
-        Tile<T> tile{call.spec, group, position, task.tokens, head, size, blocks * size, base, s};
-        for (begin = std::max(begin, seen / blocks * blocks); begin * size < end; begin += blocks) {
-            int64_t last = std::min(blocks, (end - 1) / size + 1 - begin);
-            tile.add_span(find(place, begin, std::max<int64_t>(0, seen - begin), last, end), begin * size);
+        Sight sight = call.sight(place);
+        Tile<T> tile{call.spec, sight, group, position, task.tokens, head, size, blocks * size, base, s};
+        // What the last of the tokens reads sealed, then what the first of them reads exactly.
+        int64_t seen = call.sealed.data ? sight.begin / size : 0, sealed = call.sealed.data ? sight.find_exact(end - 1) / size : 0;
+        for (int64_t at = std::max(begin, seen / blocks * blocks); at < sealed; at += blocks)
+            tile.add_span(find_sealed(place, at, std::max<int64_t>(0, seen - at), std::min(blocks, sealed - at), sealed), at * size);
+        seen = sight.find_exact(position) / size;
+        for (int64_t at = std::max(begin, seen / blocks * blocks); at * size < end; at += blocks) {
+            int64_t last = std::min(blocks, (end - 1) / size + 1 - at);
+            tile.add_span(find(place, at, std::max<int64_t>(0, seen - at), last, end), at * size);
         }
     }
 
@@ -89,8 +121,11 @@ struct Worker {
         while (shared_by_all()) {
             int64_t least = call.position(from);
             for (int64_t i = from; i < to; i++) least = std::min(least, call.position(i));
-            Tile<T> tile{call.spec, group, least, to - from, head, size, blocks * size, (from - task.first) * group, s};
-            tile.add_span(find(from, begin, 0, blocks, (begin + blocks) * size), begin * size);
+            Tile<T> tile{call.spec, call.sight(from), group, least, to - from, head, size, blocks * size, (from - task.first) * group, s};
+            if (call.sealed.data)
+                tile.add_span(find_sealed(from, begin, 0, blocks, begin + blocks), begin * size);
+            else
+                tile.add_span(find(from, begin, 0, blocks, (begin + blocks) * size), begin * size);
             begin += blocks;
         }
         if (to - from == 1) return run_alone(from, begin, (from - task.first) * group);
@@ -129,14 +164,23 @@ template <class T>
 void prefetch_task(const Call<T>& call, const Task& task) {
     const Cache& cache = call.cache;
     int64_t size = cache.block_size, position = call.position(task.first) + task.token;
-    int64_t first = (call.spec.window && position >= call.spec.window ? position - call.spec.window + 1 : 0) / size;
+    Sight sight = call.sight(task.first);
+    int64_t begin = sight.begin / size, first = sight.find_exact(position) / size;
+    if (call.sealed.data && begin < first) {
+        UnitShape shape{cache.head_size, call.sealed.key_bits, call.sealed.value_bits};
+        int64_t bytes = size / UNIT * shape.bytes();
+        for (int64_t block = begin; block < std::min(first, begin + call.span_blocks()); block++) {
+            const char* row = call.sealed.data + call.sealed_table(task.first)[block] * call.sealed.stride + task.head * bytes;
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+        }
+        return;
+    }
     int64_t end = std::min((position + task.tokens - 1) / size + 1, first + call.span_blocks());
     for (int64_t block = first; block < end; block++) {
-        int64_t row = (int64_t)call.table(task.first)[block] * cache.kv_heads + task.head;
-        int64_t bytes = cache.head_size * size * sizeof(T);
+        int64_t bytes = cache.head_size * size * sizeof(T), row = call.table(task.first, task.head)[block] * cache.stride + task.head * bytes;
         for (int64_t at = 0; at < bytes; at += 64) {
-            __builtin_prefetch((const char*)cache.keys + row * bytes + at, 0, 2);
-            __builtin_prefetch((const char*)cache.values + row * bytes + at, 0, 2);
+            __builtin_prefetch(cache.keys + row + at, 0, 2);
+            __builtin_prefetch(cache.values + row + at, 0, 2);
         }
     }
 }
@@ -146,19 +190,21 @@ template <class T>
 void order_sequences(Call<T>& call) {
     call.order.resize(call.batch.sequences);
     for (int64_t i = 0; i < call.batch.sequences; i++) call.order[i] = i;
-    auto table = [&](int64_t s) { return call.batch.tables + s * call.batch.table_stride; };
+    const int32_t* tables = call.sealed.data ? call.sealed.tables : call.batch.tables;
+    int64_t stride = call.sealed.data ? call.sealed.table_stride : call.batch.table_stride;
+    auto table = [&](int64_t s) { return tables + s * stride; };
     // Blocks beyond a sequence's last one are -1, in front of any other.
     auto several = [&](int64_t s) { return call.batch.starts[s + 1] - call.batch.starts[s] > 1; };
     std::sort(call.order.begin(), call.order.end(), [&](int64_t a, int64_t b) {
         if (several(a) != several(b)) return several(b);
-        int order = std::memcmp(table(a), table(b), call.batch.table_stride * sizeof(int32_t));
+        int order = std::memcmp(table(a), table(b), stride * sizeof(int32_t));
         return order ? order < 0 : a < b;
     });
 }
 
 template <class T>
-void attention(Rows queries, Cache cache, Batch batch, Attention spec, T* y) {
-    Call<T> call{queries, cache, batch, spec, y, {}};
+void attention(Rows queries, Cache cache, Sealed sealed, Batch batch, Attention spec, T* y) {
+    Call<T> call{queries, cache, sealed, batch, spec, y, {}};
     order_sequences(call);
     int64_t group = call.group(), tile = std::max<int64_t>(1, TILE_ROWS / group), rows = tile * group;
     std::vector<Task> tasks;

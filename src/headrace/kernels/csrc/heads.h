@@ -26,10 +26,10 @@ template <class T>
 void write_slot(const T* key, const T* value, const Cache& cache, int64_t slot, int64_t kv_head, bool alone) {
     constexpr int64_t PAIR = LanesOf<T>::type::GROUP;
     int64_t size = cache.head_size, length = cache.block_size, offset = slot % length;
-    int64_t start = (slot / length * cache.kv_heads + kv_head) * size * length;
-    uint32_t* lanes = (uint32_t*)((T*)cache.keys + start);
+    int64_t start = slot / length * cache.stride + kv_head * size * length * (int64_t)sizeof(T);
+    uint32_t* lanes = (uint32_t*)(cache.keys + start);
     for (int64_t i = 0; i < size / PAIR; i++) std::memcpy(lanes + i * length + offset, key + i * PAIR, sizeof *lanes);
-    T* into = (T*)cache.values + start + offset / PAIR * size * PAIR + offset % PAIR;
+    T* into = (T*)(cache.values + start) + offset / PAIR * size * PAIR + offset % PAIR;
     for (int64_t i = 0; i < size; i++) into[i * PAIR] = value[i];
     if (PAIR == 2 && offset % 2 == 0 && alone)
         for (int64_t i = 0; i < size; i++) into[i * PAIR + 1] = T{};
@@ -39,10 +39,11 @@ void write_slot(const T* key, const T* value, const Cache& cache, int64_t slot, 
 template <class T>
 void prefetch_slot(const Cache& cache, int64_t slot, int64_t kv_head) {
     constexpr int64_t PAIR = LanesOf<T>::type::GROUP;
-    int64_t length = cache.block_size, start = (slot / length * cache.kv_heads + kv_head) * cache.head_size * length;
-    const uint32_t* lanes = (const uint32_t*)((const T*)cache.keys + start) + slot % length;
+    int64_t length = cache.block_size;
+    int64_t start = slot / length * cache.stride + kv_head * cache.head_size * length * (int64_t)sizeof(T);
+    const uint32_t* lanes = (const uint32_t*)(cache.keys + start) + slot % length;
     for (int64_t i = 0; i < cache.head_size / PAIR; i++) __builtin_prefetch(lanes + i * length, 1);
-    __builtin_prefetch((const T*)cache.values + start + slot % length / PAIR * PAIR * cache.head_size, 1);
+    __builtin_prefetch((const T*)(cache.values + start) + slot % length / PAIR * PAIR * cache.head_size, 1);
 }
 
 // Norm and rotate queries and keys in place, and write keys and values into the cache.

@@ -4,6 +4,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "probe.h"
+#include "seal.h"
 #include "table.h"
 
 namespace {
@@ -40,8 +41,12 @@ void add_rms_norm_any(Type type, const void* x, void* residual, const float* wei
 
 void place_heads_any(Type type, const Heads& heads, Cache cache, const int64_t* slots) { TYPED(place_heads<T>(heads, cache, slots)); }
 
-void attention_any(Type type, Rows queries, Cache cache, Batch batch, Attention spec, void* y) {
-    TYPED(attention<T>(queries, cache, batch, spec, (T*)y));
+void attention_any(Type type, Rows queries, Cache cache, Sealed sealed, Batch batch, Attention spec, void* y) {
+    TYPED(attention<T>(queries, cache, sealed, batch, spec, (T*)y));
+}
+
+void seal_any(Type type, Cache cache, Sealed sealed, const int32_t* from, const int32_t* into, int64_t count) {
+    TYPED(seal<T>(cache, sealed, from, into, count));
 }
 
 }  // namespace
@@ -50,7 +55,7 @@ namespace headrace {
 
 const Table& HEADRACE_TABLE() {
     static const Table table = {HEADRACE_NAME,   pack,          linear_any,    find_largest_any,      rms_norm_any, add_rms_norm_any,
-                                place_heads_any, attention_any, multiply_registers_of, sweep};
+                                place_heads_any, attention_any, seal_any,      multiply_registers_of, sweep};
     return table;
 }
 

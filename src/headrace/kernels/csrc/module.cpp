@@ -54,13 +54,19 @@ Rows rows_of(nb::tuple t) {
 }
 
 Cache cache_of(nb::tuple t) {
-    return {at<void>(nb::cast<uintptr_t>(t[0])), at<void>(nb::cast<uintptr_t>(t[1])), nb::cast<int64_t>(t[2]),
-            nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4])};
+    return {at<char>(nb::cast<uintptr_t>(t[0])), at<char>(nb::cast<uintptr_t>(t[1])), at<char>(nb::cast<uintptr_t>(t[2])),
+            nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5]), nb::cast<int64_t>(t[6])};
+}
+
+Sealed sealed_of(nb::tuple t) {
+    return {at<char>(nb::cast<uintptr_t>(t[0])), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]), nb::cast<int64_t>(t[3]),
+            nb::cast<int64_t>(t[4]), at<int32_t>(nb::cast<uintptr_t>(t[5])), nb::cast<int64_t>(t[6])};
 }
 
 Batch batch_of(nb::tuple t) {
     return {nb::cast<int64_t>(t[0]), at<int32_t>(nb::cast<uintptr_t>(t[1])), at<int32_t>(nb::cast<uintptr_t>(t[2])),
-            at<int32_t>(nb::cast<uintptr_t>(t[3])), nb::cast<int64_t>(t[4])};
+            at<int32_t>(nb::cast<uintptr_t>(t[3])), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5]),
+            at<int32_t>(nb::cast<uintptr_t>(t[6]))};
 }
 
 Weight weight_of(nb::tuple t) {
@@ -137,12 +143,19 @@ NB_MODULE(_cpu, m) {
         nb::gil_scoped_release release;
         chosen->place_heads(Type(type), h, c, at<int64_t>(slots));
     });
-    m.def("attention", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple batch, nb::tuple spec, uintptr_t y) {
+    m.def("attention", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple sealed, nb::tuple batch, nb::tuple spec, uintptr_t y) {
         Attention attention{nb::cast<float>(spec[0]), nb::cast<int64_t>(spec[1]), nb::cast<float>(spec[2])};
         Rows q = rows_of(queries);
         Cache c = cache_of(cache);
+        Sealed s = sealed_of(sealed);
         Batch b = batch_of(batch);
         nb::gil_scoped_release release;
-        chosen->attention(Type(type), q, c, b, attention, at<void>(y));
+        chosen->attention(Type(type), q, c, s, b, attention, at<void>(y));
+    });
+    m.def("seal", [](int type, nb::tuple cache, nb::tuple sealed, uintptr_t from, uintptr_t into, int64_t count) {
+        Cache c = cache_of(cache);
+        Sealed s = sealed_of(sealed);
+        nb::gil_scoped_release release;
+        chosen->seal(Type(type), c, s, at<int32_t>(from), at<int32_t>(into), count);
     });
 }

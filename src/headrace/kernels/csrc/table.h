@@ -55,21 +55,34 @@ struct Rows {
     int64_t outer, outer_stride, inner, size;
 };
 
-// One layer's cache in lanes of 32 bits, one float32 or two bfloat16 (pair = 1 or 2). Keys [blocks, kv_heads, head_size / pair,
-// block_size] hold neighbours of a head in a lane, values [blocks, kv_heads, block_size / pair, head_size] neighbouring tokens.
+// One layer's cache in lanes of 32 bits, one float32 or two bfloat16 (pair = 1 or 2). A block's keys [kv_heads, head_size / pair,
+// block_size] hold neighbours of a head in a lane, its values [kv_heads, block_size / pair, head_size] neighbouring tokens; from
+// one block to the next it is `stride` bytes.
 struct Cache {
-    void* keys;
-    void* values;
-    int64_t kv_heads, head_size, block_size;
+    char* keys;
+    char* values;
+    const char* bias;  // a block's float32 [kv_heads, block_size], added to its scores; null: nothing
+    int64_t stride, kv_heads, head_size, block_size;
 };
 
-// Ragged queries: sequence s owns tokens starts[s] to starts[s + 1], whose positions are consecutive from positions[...].
+// The same layer's sealed blocks (sealed.h says what is in one), `stride` bytes apart; data is null if there are none. A query
+// at position p reads blocks that end before the block of token p - residual + 1 sealed, and that one and later ones exactly.
+struct Sealed {
+    char* data;
+    int64_t stride, key_bits, value_bits, residual;
+    const int32_t* tables;
+    int64_t table_stride;
+};
+
+// Ragged queries: sequence s owns tokens starts[s] to starts[s + 1], whose positions are consecutive from positions[...]. What
+// lies before begins[s], a multiple of the block size, is not there; null: nothing is missing anywhere.
 struct Batch {
     int64_t sequences;
     const int32_t* starts;
     const int32_t* positions;
     const int32_t* tables;
-    int64_t table_stride;
+    int64_t table_stride, head_stride;  // head_stride: from one kv head's table to the next; 0: all have the same
+    const int32_t* begins;
 };
 
 // A projection's output [tokens, heads + 2 kv_heads, head_size]: queries, keys, values. Norm weights [head_size] or null;
@@ -101,7 +114,9 @@ struct Table {
     void (*add_rms_norm)(Type type, const void* x, void* residual, const float* weight, float eps, int64_t rows, int64_t size, void* y);
     void (*place_heads)(Type type, const Heads& heads, Cache cache, const int64_t* slots);
     // queries [tokens, heads, head_size] with a stride between tokens; y contiguous.
-    void (*attention)(Type type, Rows queries, Cache cache, Batch batch, Attention spec, void* y);
+    void (*attention)(Type type, Rows queries, Cache cache, Sealed sealed, Batch batch, Attention spec, void* y);
+    // Blocks `from` of the cache, all of whose tokens are written, as sealed blocks `into`.
+    void (*seal)(Type type, Cache cache, Sealed sealed, const int32_t* from, const int32_t* into, int64_t count);
     // What the processor can do at most (probe.h): multiply-adds done, and a sweep over memory.
     int64_t (*multiply_registers)(Type type, int64_t rounds);
     void (*sweep)(Sweep kind, char* data, int64_t bytes);

@@ -1,0 +1,78 @@
+"""What a KV policy is: how keys and values are kept once they are computed, and how queries read them.
+
+The engine, the schedule and the prefix tree know no policy by name: they see a layout, which says all that bookkeeping
+needs to know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from headrace.cache.layout import CacheLayout
+from headrace.kernels.base import AttentionSpec, Kernels, LayerCache, RaggedBatch, SealedForm
+
+# See LayerCache: both are float32 [blocks, kv heads, block size].
+Plane = Literal["bias", "mass"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What of a model decides how large its keys and values are. windows: by layer, None where it sees all tokens."""
+
+    windows: tuple[int | None, ...]
+    kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    def count_layer_bytes(self, block_size: int, planes: int = 0) -> int:
+        """Bytes of one layer's exact keys and values in one block, and of so many planes."""
+        return block_size * self.kv_heads * (2 * self.head_size * self.dtype.itemsize + 4 * planes)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStep:
+    """One layer's share of a step, its keys and values just written exactly.
+
+    queries [T, heads, D], any stride between tokens; cache is this layer's.
+    """
+
+    layer: int
+    queries: Tensor
+    cache: LayerCache
+    batch: RaggedBatch
+    spec: AttentionSpec
+    kernels: Kernels
+
+
+class KVPolicy(Protocol):
+    """How keys and values are kept. Made once for an engine, used by its thread alone.
+
+    form             how sealed blocks lie in memory; None if nothing is sealed
+    residual         a query at position p reads the block of token p - residual + 1 and later ones exactly
+    planes           numbers that exact blocks hold for each token and kv head beside its key and value
+    """
+
+    @property
+    def form(self) -> SealedForm | None: ...
+
+    @property
+    def residual(self) -> int: ...
+
+    @property
+    def planes(self) -> tuple[Plane, ...]: ...
+
+    def arrange(self, shape: KVShape, block_size: int) -> CacheLayout:
+        """Groups for a model's layers, whether blocks may be shared, and what of a prompt stays.
+
+        Raises InputError, saying why, for a model or block size it cannot serve.
+        """
+        ...
+
+    def attend(self, step: LayerStep) -> Tensor:
+        """Attention [T, heads, D] of the step's queries. Brings what this step has filled into the policy's form first,
+        so that a query reads the same whatever chunk or batch it comes in."""
+        ...

@@ -1,0 +1,165 @@
+"""Conversations over one shared context, as plain text. Knows no tokens, no model and no task: those are in `contexts`.
+
+After SCBench (arXiv 2412.10319), whose point is that one context is asked more than one thing: a cache that was
+compressed for the first question may have lost what the second one needs.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeVar
+
+from headrace.core import InputError
+
+Mode = Literal["multi_turn", "multi_request"]
+MODES: tuple[Mode, ...] = ("multi_turn", "multi_request")
+
+STRINGS = "retrieval by string"
+MEANING = "retrieval by meaning"
+GLOBAL = "global information"
+MANY = "many tasks"
+# The paper's four, in its order.
+ABILITIES = (STRINGS, MEANING, GLOBAL, MANY)
+
+# Real text: a paragraph each.
+Filler = Sequence[str]
+Item = TypeVar("Item")
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)")
+SHORTEST_SENTENCE = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question and its gold answer. With `choices`, of which the answer is one, it is scored by which choice is
+    likeliest, else by what is generated.
+
+    `query` begins with a line break, and `query` and `answer` join as they are: the space between them belongs to the
+    one that keeps a tokenizer from splitting a word. `depth` is where in the context the evidence begins, as a share
+    of its characters in [0, 1); None where it is spread over all of it.
+    """
+
+    query: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    depth: float | None = None
+
+
+class Piece(NamedTuple):
+    """The text seen before a turn, the turn's query and its gold answer: they join as they are."""
+
+    seen: str
+    query: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """A context and what is asked about it, one turn after the other.
+
+    `control` asks for something that the context never says, in the words of the turns that it does say: what a gold
+    answer is likelier than a control's answer, the cache has contributed.
+    """
+
+    context: str
+    turns: tuple[Turn, ...]
+    ability: str
+    task: str
+    control: Turn | None = None
+
+    def pieces(self, mode: Mode) -> Iterator[Piece]:
+        """What to run, a piece a turn.
+
+        multi_turn: seen is the context and all earlier queries with their gold answers; a policy may compress when the
+        query is known. multi_request: seen is the context alone, the same in every piece; it is compressed before any
+        query is visible, and each query starts from that.
+        """
+        seen = self.context
+        for turn in self.turns:
+            yield Piece(seen, turn.query, turn.answer)
+            if mode == "multi_turn":
+                seen += turn.query + turn.answer
+
+    def ask_control(self) -> Episode:
+        """The same context with the control as its only turn. Raises ValueError where there is none."""
+        if self.control is None:
+            raise ValueError(f"{self.task} has no control")
+        return replace(self, turns=(self.control,), control=None)
+
+
+def start_random(task: str, seed: int) -> random.Random:
+    """A source of its own for each task and seed, the same on every machine."""
+    return random.Random(f"{task} {seed}")
+
+
+def read_words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def check_least(what: str, value: int, least: int) -> None:
+    """Raises InputError for a value below `least`."""
+    if value < least:
+        raise InputError(f"{what} must be {least} or more, not {value}")
+
+
+def spread(count: int, size: int) -> list[int]:
+    """`count` of the places 0 to `size` - 1, evenly apart and as far from both ends as from half of each other."""
+    return [(2 * index + 1) * size // (2 * count) for index in range(count)]
+
+
+def weave(asked: Sequence[Item], others: Sequence[Item]) -> list[Item]:
+    """All items in one list, the asked ones in their order and spread evenly over it."""
+    places = dict(zip(spread(len(asked), len(asked) + len(others)), asked, strict=True))
+    rest = iter(others)
+    return [places[place] if place in places else next(rest) for place in range(len(asked) + len(others))]
+
+
+def find_depth(context: str, evidence: str) -> float:
+    """Where the evidence begins, as a share of the context's characters. Raises ValueError if it is not there."""
+    return context.index(evidence) / len(context)
+
+
+def draw_number(source: random.Random, digits: int, *texts: str) -> str:
+    """A number of so many digits that none of the texts contains."""
+    while True:
+        number = str(source.randrange(10 ** (digits - 1), 10**digits))
+        if not any(number in text for text in texts):
+            return number
+
+
+def split_sentences(filler: Filler) -> list[str]:
+    """All sentences in their order. What does not end as a sentence, such as a heading, is left out."""
+    pieces = (piece for paragraph in filler for piece in SENTENCE_END.split(" ".join(paragraph.split())))
+    return [piece for piece in pieces if len(piece) >= SHORTEST_SENTENCE and piece[-1] in ".!?"]
+
+
+def take_sentences(filler: Filler, length: int, source: random.Random) -> list[str]:
+    """Neighbouring sentences from a random place, as many as `length` characters hold; none for 0 characters. Raises
+    InputError for a text that is too short or has no sentence short enough."""
+    if not length:
+        return []
+    sentences = split_sentences(filler)
+    total, latest = 0, len(sentences)
+    while latest and total < length:
+        latest -= 1
+        total += len(sentences[latest]) + 1
+    if total < length:
+        raise InputError(f"the text has {total} characters in sentences, and {length} are needed: give more text")
+    starts = [start for start in range(latest + 1) if len(sentences[start]) < length]
+    if not starts:
+        raise InputError(f"no sentence fits into {length} characters: ask for more")
+    return clip_sentences(sentences[source.choice(starts) :], length)
+
+
+def clip_sentences(sentences: Sequence[str], length: int) -> list[str]:
+    """The first sentences, as many as `length` characters hold with a space after each."""
+    taken = []
+    for sentence in sentences:
+        length -= len(sentence) + 1
+        if length < 0:
+            break
+        taken.append(sentence)
+    return taken

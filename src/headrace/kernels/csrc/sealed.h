@@ -1,0 +1,204 @@
+// Sealed blocks: keys and values as codes of 2, 4 or 8 bits, after KIVI (arXiv 2402.02750, section 3): keys share a scale and a
+// minimum by channel over 32 tokens, values by token over 32 channels. Nothing is unpacked into memory: scales go into the
+// queries and the softmax weights, minimums into one number a row, and codes become floats in registers.
+//
+// A block holds, kv head by kv head, units of 32 tokens; a unit holds
+//   key codes    [planes][head * bits / 32][32 tokens]     words of 32 / bits neighbouring channels
+//   key scales   [head], key minimums [head]               half precision
+//   value codes  [planes][bits][head]                      words of 32 / bits neighbouring tokens
+//   value scales [head / 32][32 tokens], value minimums likewise
+// where 8 bits are two planes of 4, the lower halves first.
+#pragma once
+
+#include "attention_span.h"
+
+namespace {
+
+using namespace headrace;
+
+constexpr int64_t UNIT = 32;
+
+// Where the parts of a unit begin, in bytes.
+struct UnitShape {
+    int64_t head, key_bits, value_bits;
+
+    int64_t key_scales() const { return head * UNIT * key_bits / 8; }
+    int64_t values() const { return key_scales() + head * 4; }
+    int64_t value_scales() const { return values() + head * UNIT * value_bits / 8; }
+    int64_t bytes() const { return value_scales() + head / UNIT * UNIT * 4; }
+};
+
+// The units of a span that a tile sees, of one kv head.
+struct SealedSpan {
+    const char* units[SPAN_TOKENS / UNIT];
+    const char* ahead[SPAN_TOKENS / UNIT];  // what is read after each of them, to be fetched meanwhile; null: nothing
+    int64_t first, last;  // in blocks
+    int64_t from, to;     // in units
+    UnitShape shape;
+};
+
+// Codes of BITS bits as lanes of T, plus OFFSET each: a number with OFFSET's exponent has its code in the highest bits of its
+// mantissa. Step i of a word gives neighbours GROUP * i and on.
+template <class T, int BITS>
+struct Codes {
+    using Lanes = typename LanesOf<T>::type;
+    static constexpr float OFFSET = 1 << BITS;
+    static constexpr int STEPS = 32 / BITS / Lanes::GROUP;
+
+    static vu expand(vu word, int step) {
+        if constexpr (Lanes::GROUP == 1) {
+            int shift = step % 2 * 16 + step / 2 * BITS;
+            return (word >> shift & ((1u << BITS) - 1)) << (23 - BITS) | (uint32_t)(127 + BITS) << 23;
+        } else {
+            constexpr uint32_t MASK = ((1u << BITS) - 1) << (7 - BITS), MAGIC = (uint32_t)(127 + BITS) << 7;
+            int shift = step * BITS - (7 - BITS);
+            return (shift < 0 ? word << -shift : word >> shift) & (MASK | MASK << 16) | (MAGIC | MAGIC << 16);
+        }
+    }
+};
+
+// What a code counts beside one of the first plane: the second plane holds the upper half of 8 bits.
+inline float plane_weight(int64_t plane) { return plane ? 16.0f : 1.0f; }
+
+inline float sum_plane_weights(int64_t planes) { return planes == 2 ? 17.0f : 1.0f; }
+
+// scaled [planes][rows][SIZE] = x [rows, stride] * scales, rounded to T; bases [rows]: what x has of the minimums, less what
+// OFFSET adds to every code.
+template <class T, int ROWS>
+void scale_rows(const T* x, int64_t stride, const half* scales, const half* minimums, int64_t size, float offset, int64_t planes, int64_t plane_size, T* scaled,
+                float* bases) {
+    using Lanes = typename LanesOf<T>::type;
+    vf least[ROWS] = {}, added[ROWS] = {};
+    T less[W * Lanes::GROUP];
+    for (int64_t i = 0; i < Lanes::GROUP; i++) store(less + i * W, splat(-offset * sum_plane_weights(planes)));
+    uint32_t offsets;
+    std::memcpy(&offsets, less, sizeof offsets);
+    for (int64_t d = 0; d < size; d += W) {
+        vf scale = load(scales + d), minimum = load(minimums + d);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++) {
+            vf value = load(x + r * stride + d), product = value * scale;
+            least[r] = multiply_add(value, minimum, least[r]);
+            store(scaled + r * size + d, product);
+            if (planes == 2) store(scaled + plane_size + r * size + d, product * plane_weight(1));
+        }
+    }
+    // The sum of what was rounded, times the offset.
+    for (int64_t d = 0; d < size / Lanes::GROUP; d += W)
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++) added[r] = Lanes::step(added[r], offsets, load((const uint32_t*)(scaled + r * size) + d));
+    for (int r = 0; r < ROWS; r++) bases[r] = sum(least[r] + added[r]);
+}
+
+// scores [rows, 32] of a unit = scaled queries [planes][rows][head] times its codes, plus a base each.
+template <class T, int BITS, int ROWS>
+void score_unit(const uint32_t* scaled, int64_t plane_lanes, const float* bases, const char* unit, float* scores, int64_t span, int64_t head, int64_t planes) {
+    using C = Codes<T, BITS>;
+    using Lanes = typename C::Lanes;
+    int64_t words = head * BITS / 32, lanes = head / Lanes::GROUP;
+    for (int64_t j = 0; j < UNIT; j += 2 * W) {
+        vf sums[ROWS][2] = {};
+        for (int64_t plane = 0; plane < planes; plane++)
+            for (int64_t w = 0; w < words; w++) {
+                const uint32_t* at = (const uint32_t*)unit + (plane * words + w) * UNIT + j;
+                vu first = load(at), second = load(at + W);
+#pragma GCC unroll 16
+                for (int i = 0; i < C::STEPS; i++) {
+                    vu one = C::expand(first, i), two = C::expand(second, i);
+#pragma GCC unroll 12
+                    for (int r = 0; r < ROWS; r++) {
+                        uint32_t query = scaled[plane * plane_lanes + r * lanes + w * C::STEPS + i];
+                        sums[r][0] = Lanes::step(sums[r][0], query, one);
+                        sums[r][1] = Lanes::step(sums[r][1], query, two);
+                    }
+                }
+            }
+        for (int r = 0; r < ROWS; r++) {
+            store(scores + r * span + j, sums[r][0] + bases[r]);
+            store(scores + r * span + j + W, sums[r][1] + bases[r]);
+        }
+    }
+}
+
+// outputs [rows, head] += scaled weights [planes][rows][32] of one group of 32 channels times a unit's codes, plus a base each.
+template <class T, int BITS, int ROWS>
+void add_unit_values(const uint32_t* scaled, int64_t plane_lanes, const float* bases, const char* codes, float* outputs, int64_t head, int64_t planes) {
+    using C = Codes<T, BITS>;
+    using Lanes = typename C::Lanes;
+    constexpr int64_t LANES = UNIT / Lanes::GROUP;
+    for (int64_t d = 0; d < UNIT; d += 2 * W) {
+        vf sums[ROWS][2] = {};
+        for (int64_t plane = 0; plane < planes; plane++)
+            for (int64_t w = 0; w < BITS; w++) {
+                const uint32_t* at = (const uint32_t*)codes + (plane * BITS + w) * head + d;
+                vu first = load(at), second = load(at + W);
+#pragma GCC unroll 16
+                for (int i = 0; i < C::STEPS; i++) {
+                    vu one = C::expand(first, i), two = C::expand(second, i);
+#pragma GCC unroll 6
+                    for (int r = 0; r < ROWS; r++) {
+                        uint32_t weight = scaled[plane * plane_lanes + r * LANES + w * C::STEPS + i];
+                        sums[r][0] = Lanes::step(sums[r][0], weight, one);
+                        sums[r][1] = Lanes::step(sums[r][1], weight, two);
+                    }
+                }
+            }
+        for (int r = 0; r < ROWS; r++) {
+            float* output = outputs + r * head + d;
+            store(output, load(output) + (sums[r][0] + bases[r]));
+            store(output + W, load(output + W) + (sums[r][1] + bases[r]));
+        }
+    }
+}
+
+// Call a function with the bits of a plane, 2 or 4, as a constant of the compiler's, and the number of planes.
+template <class Function>
+void by_bits(int64_t bits, Function function) {
+    if (bits == 2)
+        function(std::integral_constant<int, 2>{}, 1);
+    else
+        function(std::integral_constant<int, 4>{}, bits / 4);
+}
+
+template <class T>
+void score_sealed(const SealedSpan& blocks, const SpanRows& rows, Scratch<T>& s) {
+    by_bits(blocks.shape.key_bits, [&](auto bits, int64_t planes) {
+        using C = Codes<T, decltype(bits)::value>;
+        int64_t head = rows.head, plane_size = SCORE_ROWS * head;
+        for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
+            // Scattered blocks are over before the processor has seen a pattern.
+            for (int64_t at = 0; blocks.ahead[unit] && at < blocks.shape.bytes(); at += 64) __builtin_prefetch(blocks.ahead[unit] + at);
+            const half* scales = (const half*)(blocks.units[unit] + blocks.shape.key_scales());
+            for (int64_t r = rows.low; r < rows.high; r += SCORE_ROWS)
+                by_count<SCORE_ROWS>(rows.high - r, [&](auto count) {
+                    scale_rows<T, count>((const T*)rows.queries + r * head, head, scales, scales + head, head, C::OFFSET, planes, plane_size, s.scaled.data(),
+                                         s.bases.data());
+                    score_unit<T, decltype(bits)::value, count>((const uint32_t*)s.scaled.data(), plane_size / C::Lanes::GROUP, s.bases.data(),
+                                                                blocks.units[unit], rows.scores + r * rows.span + unit * UNIT, rows.span, head, planes);
+                });
+        }
+    });
+}
+
+template <class T>
+void add_sealed_values(const SealedSpan& blocks, const SpanRows& rows, Scratch<T>& s) {
+    by_bits(blocks.shape.value_bits, [&](auto bits, int64_t planes) {
+        using C = Codes<T, decltype(bits)::value>;
+        int64_t head = rows.head, groups = head / UNIT, plane_size = OUTPUT_ROWS * UNIT;
+        for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
+            const half* scales = (const half*)(blocks.units[unit] + blocks.shape.value_scales());
+            for (int64_t r = rows.low; r < rows.high; r += OUTPUT_ROWS)
+                by_count<OUTPUT_ROWS>(rows.high - r, [&](auto count) {
+                    for (int64_t g = 0; g < groups; g++) {
+                        scale_rows<T, count>((const T*)rows.weights + r * rows.span + unit * UNIT, rows.span, scales + g * UNIT,
+                                             scales + (groups + g) * UNIT, UNIT, C::OFFSET, planes, plane_size, s.scaled.data(), s.bases.data());
+                        const char* codes = blocks.units[unit] + blocks.shape.values() + g * UNIT * (int64_t)sizeof(uint32_t);
+                        add_unit_values<T, decltype(bits)::value, count>((const uint32_t*)s.scaled.data(), plane_size / C::Lanes::GROUP, s.bases.data(),
+                                                                         codes, rows.outputs + r * head + g * UNIT, head, planes);
+                    }
+                });
+        }
+    });
+}
+
+}  // namespace

@@ -1,0 +1,181 @@
+"""Sealed blocks: what sealing writes, and attention over sealed and exact blocks, against plain torch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.kernels import _cpu
+from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch, SealedForm
+from headrace.kernels.cpu import CpuKernels
+from headrace.kernels.reference import ReferenceKernels, read_blocks
+from headrace.kernels.units import pack_units, unpack_units
+
+PLAIN = ReferenceKernels()
+DTYPES = [torch.float32, torch.bfloat16]
+NONE = torch.zeros(0, dtype=torch.int64)
+FORMS = [SealedForm(4, 4), SealedForm(4, 2), SealedForm(2, 2), SealedForm(8, 8), SealedForm(8, 4)]
+NAMES = [f"k{form.key_bits}v{form.value_bits}" for form in FORMS]
+
+
+def make_cache(blocks: int, heads: int, head: int, size: int, dtype: torch.dtype, form: SealedForm) -> LayerCache:
+    """A cache full of random numbers, whose blocks are all sealed by plain torch."""
+    pair = 4 // dtype.itemsize
+    keys = torch.randn(blocks, heads, head // pair, size, pair).to(dtype) * 2
+    values = torch.randn(blocks, heads, size // pair, head, pair).to(dtype)
+    sealed = torch.zeros(blocks, heads, form.count_head_bytes(head, size), dtype=torch.uint8)
+    cache = LayerCache(keys, values, 0, sealed, form, 1, 32)
+    everything = torch.arange(blocks, dtype=torch.int32)
+    PLAIN.seal(cache, everything, everything)
+    return cache
+
+
+def make_batch(lengths: list[tuple[int, int]], size: int, begins: list[int] | None = None) -> RaggedBatch:
+    """Sequences of (context, chunk) with scattered blocks, sealed ones elsewhere than exact ones."""
+    counts = [-(-context // size) for context, _ in lengths]
+    tables = []
+    for seed in range(2):
+        order = random.Random(seed).sample(range(sum(counts)), sum(counts))
+        table = torch.full((len(lengths), max(counts)), -1, dtype=torch.int32)
+        for row, count in enumerate(counts):
+            table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
+        tables.append(table)
+    starts = torch.tensor([0, *(chunk for _, chunk in lengths)]).cumsum(0).int()
+    positions = torch.cat([torch.arange(context - chunk, context) for context, chunk in lengths]).int()
+    contexts = torch.tensor([context for context, _ in lengths], dtype=torch.int32)
+    begun = None if begins is None else torch.tensor(begins, dtype=torch.int32)
+    return RaggedBatch(NONE, positions, starts, contexts, tuple(tables), (NONE,), NONE, begins=begun)
+
+
+def assert_close(mine: Tensor, theirs: Tensor) -> None:
+    # Weights and queries times scales are rounded to bfloat16 where that is the dtype.
+    tolerance = 1e-4 if mine.dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(mine.float(), theirs.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+MIXED = [(1, 1), (70, 1), (33, 33), (64, 20), (100, 37), (300, 1), (257, 129), (17, 2)]
+
+
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+def test_sealing_gives_the_bytes_of_plain_torch(form: SealedForm, dtype: torch.dtype, instruction_set: str) -> None:
+    fast = CpuKernels(instruction_set)
+    for head, size in ((64, 32), (256, 64), (32, 128)):
+        cache = make_cache(5, 3, head, size, dtype, form)
+        cache.keys[1].fill_(0.7)
+        cache.values[2].zero_()
+        mine = replace(cache, sealed=torch.full_like(cache.sealed, 7))  # type: ignore[arg-type]
+        exact, sealed = torch.tensor([3, 1, 2, 0]).int(), torch.tensor([0, 4, 2, 1]).int()
+        for kernels, each in ((PLAIN, cache), (fast, mine)):
+            kernels.seal(each, exact, sealed)
+        assert torch.equal(mine.sealed[sealed.long()], cache.sealed[sealed.long()])  # type: ignore[index]
+        assert bool((mine.sealed[3] == 7).all())  # type: ignore[index]
+    CpuKernels()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+def test_what_was_sealed_comes_back_within_half_a_step(form: SealedForm) -> None:
+    keys, values = torch.randn(2, 96, 64) * 4, torch.randn(2, 96, 64)
+    units = pack_units(keys, values, form)
+    assert units.shape == (2, 3, form.count_head_bytes(64, 32)) and units.dtype == torch.uint8
+    found = unpack_units(units, form, 64)
+    by_channel = (keys - found[0]).abs().view(2, 3, 32, 64)
+    spread = keys.view(2, 3, 32, 64).amax(2) - keys.view(2, 3, 32, 64).amin(2)
+    assert bool((by_channel.amax(2) <= spread / (2**form.key_bits - 1) / 2 * 1.01 + 4e-3).all())
+    by_token = (values - found[1]).abs().view(2, 96, 2, 32)
+    spread = values.view(2, 96, 2, 32).amax(3) - values.view(2, 96, 2, 32).amin(3)
+    assert bool((by_token.amax(3) <= spread / (2**form.value_bits - 1) / 2 * 1.01 + 4e-3).all())
+
+
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+def test_attention_over_sealed_blocks(form: SealedForm, dtype: torch.dtype, instruction_set: str) -> None:
+    fast = CpuKernels(instruction_set)
+    for (heads, kv_heads, head, size), residual in (((9, 3, 64, 32), 32), ((4, 1, 256, 64), 100), ((2, 2, 32, 32), 1)):
+        batch = make_batch(MIXED, size)
+        cache = make_cache(int(batch.block_tables[0].max()) + 1, kv_heads, head, size, dtype, form)
+        cache = replace(cache, residual=residual)
+        queries = torch.randn(len(batch.positions), heads, head).to(dtype)
+        spec = AttentionSpec(head**-0.5)
+        assert_close(fast.attention(queries, cache, batch, spec), PLAIN.attention(queries, cache, batch, spec))
+        everything = replace(batch, read_exactly=True)
+        plain = LayerCache(cache.keys, cache.values)
+        assert torch.equal(
+            fast.attention(queries, cache, everything, spec), fast.attention(queries, plain, batch, spec)
+        )
+    CpuKernels()
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_what_lies_before_the_beginning_is_not_read(sealed: bool) -> None:
+    lengths, begins = [(200, 1), (300, 40), (64, 64), (150, 1)], [96, 64, 0, 128]
+    batch = make_batch(lengths, 32, begins)
+    cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, 32, torch.float32, SealedForm(4, 4))
+    cache = cache if sealed else LayerCache(cache.keys, cache.values)
+    queries = torch.randn(len(batch.positions), 9, 64)
+    expected = PLAIN.attention(queries, cache, batch, AttentionSpec(0.125))
+    for row, begin in enumerate(begins):
+        for table in batch.block_tables:
+            table[row, : begin // 32] = -1
+    assert_close(CpuKernels().attention(queries, cache, batch, AttentionSpec(0.125)), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(dtype: torch.dtype) -> None:
+    fast, size = CpuKernels(), 32
+    batch = make_batch([(333, 333), (45, 45)], size)
+    cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, size, dtype, SealedForm(4, 2))
+    queries = torch.randn(378, 9, 64).to(dtype)
+    whole = fast.attention(queries, cache, batch, AttentionSpec(0.125))
+    for start, length in [(place, 1) for place in range(0, 333, 7)] + [(0, 50), (50, 283), (3, 31), (63, 130)]:
+        part = RaggedBatch(
+            NONE,
+            torch.arange(start, start + length).int(),
+            torch.tensor([0, length]).int(),
+            torch.tensor([start + length]).int(),
+            tuple(table[:1] for table in batch.block_tables),
+            (NONE,),
+            NONE,
+        )
+        alone = fast.attention(queries[start : start + length], cache, part, AttentionSpec(0.125))
+        assert torch.equal(alone, whole[start : start + length])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(dtype: torch.dtype) -> None:
+    fast, count = CpuKernels(), 21
+    lengths = [(300 + 37 * (number % 5), 1) for number in range(count)]
+    batch = make_batch(lengths, 32)
+    for row in range(count):
+        batch.block_tables[1][row, : 4 + row % 4] = torch.arange(4 + row % 4).int()
+    cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, 32, dtype, SealedForm(4, 4))
+    queries = torch.randn(count, 9, 64).to(dtype)
+    together = fast.attention(queries, cache, batch, AttentionSpec(0.125))
+    for row in range(count):
+        alone = RaggedBatch(
+            NONE,
+            batch.positions[row : row + 1],
+            torch.tensor([0, 1]).int(),
+            batch.context_lengths[row : row + 1],
+            tuple(table[row : row + 1].contiguous() for table in batch.block_tables),
+            (NONE,),
+            NONE,
+        )
+        assert torch.equal(fast.attention(queries[row : row + 1], cache, alone, AttentionSpec(0.125))[0], together[row])
+
+
+def test_blocks_are_read_as_they_were_written() -> None:
+    cache = make_cache(2, 1, 32, 32, torch.float32, SealedForm(8, 8))
+    keys, _ = read_blocks(cache, torch.tensor([1]))
+    assert torch.equal(keys[0, 3], cache.keys[1, 0, :, 3, 0])

@@ -127,9 +127,9 @@ def show_attention(table: Table, name: str, shape: Shape) -> None:
             NONE,
         )
         cost = count_attention(counted, [Piece(context - chunk, chunk, 0, chunk == 1)] * sequences)
-        spec = AttentionSpec(shape.head_size**-0.5)
+        spec, cache = AttentionSpec(shape.head_size**-0.5), LayerCache(keys, values)
 
-        def call(q=queries, c=LayerCache(keys, values), b=batch, s=spec) -> object:  # type: ignore[no-untyped-def]
+        def call(q=queries, c=cache, b=batch, s=spec) -> object:  # type: ignore[no-untyped-def]
             return table.kernels.attention(q, c, b, s)
 
         table.show(name, "attention", rows, "bf16", call, cost.operations, cost.bytes)
@@ -151,9 +151,9 @@ def show_others(table: Table, name: str, shape: Shape) -> None:
         rotation = (torch.randn(rows, shape.head_size // 2), torch.randn(rows, shape.head_size // 2))
         keys = torch.zeros(rows, shape.kv_heads, shape.head_size // pair, BLOCK_SIZE, pair).bfloat16()
         values = torch.zeros(rows, shape.kv_heads, BLOCK_SIZE // pair, shape.head_size, pair).bfloat16()
-        slots = torch.randperm(rows) * BLOCK_SIZE
+        slots, cache = torch.randperm(rows) * BLOCK_SIZE, LayerCache(keys, values)
 
-        def place(f=fused, r=rotation, c=LayerCache(keys, values), s=slots) -> object:  # type: ignore[no-untyped-def]
+        def place(f=fused, r=rotation, c=cache, s=slots) -> object:  # type: ignore[no-untyped-def]
             return kernels.place_heads(f, HeadSpec(), r, c, s)
 
         table.show(name, "rotate and cache", str(rows), "fp32", place, 3.0 * fused.numel(), 2 * fused.nbytes)

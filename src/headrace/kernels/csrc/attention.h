@@ -89,7 +89,7 @@ struct Worker {
         };
         for (int64_t unit = span.from; unit < span.to; unit++) {
             span.units[unit] = find(unit);
-            span.ahead[unit] = begin + blocks + unit / units < all ? find(unit + blocks * units) : nullptr;
+            span.ahead[unit] = begin + blocks + unit / units < all ? find(unit + blocks * units) : span.units[unit];
         }
         return span;
     }

@@ -1,8 +1,6 @@
 // From exact blocks to sealed ones: round to nearest between a group's least and largest, scales rounded first.
 #pragma once
 
-#include <algorithm>
-
 #include "pool.h"
 #include "sealed.h"
 
@@ -52,66 +50,62 @@ inline float to_float(bf16 value) {
     return result;
 }
 
-// A group of `count` numbers x[i * stride] as codes, handed to put(i, code), with the scale and the minimum they mean.
-template <class Get, class Put>
-void round_group(int64_t count, int64_t bits, half& scale, half& minimum, Get get, Put put) {
-    float least = get(0), most = least;
-    for (int64_t i = 1; i < count; i++) least = std::min(least, get(i)), most = std::max(most, get(i));
-    float levels = (float)((1 << bits) - 1);
-    scale = to_half((most - least) / levels), minimum = to_half(least);
-    float step = to_float(scale), start = to_float(minimum);
-    for (int64_t i = 0; i < count; i++) {
-        float place = step > 0 ? (get(i) - start) / step : 0.0f;
-        // Adding 1.5 * 2^23 leaves the nearest whole number in the lowest bits.
-        float nearest = (std::min(std::max(place, 0.0f), levels) + 12582912.0f) - 12582912.0f;
-        put(i, (uint32_t)nearest);
+// Rows of 32 numbers, each with a scale and a minimum of its own, as words: row i * codes + k of a word row i is its k-th code.
+// A row of numbers lies in one half of a row of lanes; neighbouring rows share their lanes in bfloat16.
+template <class T>
+void seal_rows(const uint32_t* lanes, int64_t stride, int64_t rows, int64_t bits, uint32_t* words, int64_t word_stride, half* scales, half* minimums) {
+    constexpr int64_t PAIR = LanesOf<T>::type::GROUP, V = UNIT / W;
+    const int plane_bits = bits == 2 ? 2 : 4, codes = 32 / plane_bits, planes = bits == 8 ? 2 : 1;
+    const float levels = (float)((1 << bits) - 1);
+    for (int64_t first = 0; first < rows; first += codes) {
+        vu packed[2][V] = {};
+        for (int64_t place = 0; place < codes; place++) {
+            int64_t row = first + place;
+            vf x[V], least, most;
+            for (int v = 0; v < V; v++) {
+                vu both = load(lanes + row / PAIR * stride + v * W);
+                x[v] = (vf)(PAIR == 1 ? both : row % 2 ? both & 0xffff0000u : both << 16);
+                least = v ? minimum(least, x[v]) : x[v], most = v ? maximum(most, x[v]) : x[v];
+            }
+            float low = -largest(-least);
+            half scale = scales[row] = to_half((largest(most) - low) / levels), start = minimums[row] = to_half(low);
+            float step = to_float(scale);
+            for (int v = 0; v < V; v++) {
+                vf level = step > 0 ? (x[v] - to_float(start)) / step : splat(0.0f);
+                // Adding 1.5 * 2^23 leaves the nearest whole number in the lowest bits.
+                vu code = (vu)(minimum(maximum(level, splat(0.0f)), splat(levels)) + 12582912.0f) & 0xff;
+                int shift = (int)(place % 2 * 16 + place / 2 * plane_bits);
+                for (int plane = 0; plane < planes; plane++) packed[plane][v] |= (code >> (4 * plane) & ((1u << plane_bits) - 1)) << shift;
+            }
+        }
+        for (int plane = 0; plane < planes; plane++)
+            for (int v = 0; v < V; v++)
+                std::memcpy(words + (plane * rows / codes + first / codes) * word_stride + v * W, &packed[plane][v], sizeof(vu));
     }
 }
 
-// Where the code of place i (a channel of a word of keys, a token of a word of values) lies in its word.
-inline int shift_of(int64_t i, int bits) { return (int)(i % 2 * 16 + i / 2 * bits); }
-
 // One kv head of one unit.
 template <class T>
-void seal_unit(const T* keys, const T* values, int64_t block_size, const UnitShape& shape, char* into) {
-    constexpr int64_t PAIR = LanesOf<T>::type::GROUP;
+void seal_unit(const uint32_t* keys, const uint32_t* values, int64_t block_size, const UnitShape& shape, char* into) {
     int64_t head = shape.head;
-    std::fill_n(into, shape.bytes(), 0);
-    auto put = [&](uint32_t* words, int64_t plane_words, int64_t bits, int64_t row_words, int64_t place, int64_t column, uint32_t code) {
-        int plane_bits = bits == 2 ? 2 : 4, codes = 32 / plane_bits;
-        for (int plane = 0; plane < (bits == 8 ? 2 : 1); plane++, code >>= 4)
-            words[plane * plane_words + place / codes * row_words + column] |= (code & ((1u << plane_bits) - 1)) << shift_of(place % codes, plane_bits);
-    };
     half* scales = (half*)(into + shape.key_scales());
-    int64_t plane_bits = shape.key_bits == 2 ? 2 : 4;
-    for (int64_t d = 0; d < head; d++)
-        round_group(
-            UNIT, shape.key_bits, scales[d], scales[head + d], [&](int64_t t) { return to_float(keys[(d / PAIR * block_size + t) * PAIR + d % PAIR]); },
-            [&](int64_t t, uint32_t code) { put((uint32_t*)into, head * plane_bits, shape.key_bits, UNIT, d, t, code); });
+    seal_rows<T>(keys, block_size, head, shape.key_bits, (uint32_t*)into, UNIT, scales, scales + head);
     scales = (half*)(into + shape.value_scales());
-    plane_bits = shape.value_bits == 2 ? 2 : 4;
-    for (int64_t t = 0; t < UNIT; t++)
-        for (int64_t g = 0; g < head / UNIT; g++)
-            round_group(
-                UNIT, shape.value_bits, scales[g * UNIT + t], scales[head + g * UNIT + t],
-                [&](int64_t i) { return to_float(values[(t / PAIR * head + g * UNIT + i) * PAIR + t % PAIR]); },
-                [&](int64_t i, uint32_t code) {
-                    put((uint32_t*)(into + shape.values()), plane_bits * head, shape.value_bits, head, t, g * UNIT + i, code);
-                });
+    for (int64_t from = 0; from < head; from += UNIT)
+        seal_rows<T>(values + from, head, UNIT, shape.value_bits, (uint32_t*)(into + shape.values()) + from, head, scales + from, scales + head + from);
 }
 
 template <class T>
 void seal(const Cache& cache, const Sealed& sealed, const int32_t* from, const int32_t* into, int64_t count) {
     UnitShape shape{cache.head_size, sealed.key_bits, sealed.value_bits};
-    int64_t units = cache.block_size / UNIT, plane = cache.head_size * cache.block_size;
+    int64_t units = cache.block_size / UNIT, lanes = cache.head_size * cache.block_size / LanesOf<T>::type::GROUP;
     Pool::get().run(count * cache.kv_heads, [&](int64_t task, int) {
         int64_t block = task / cache.kv_heads, head = task % cache.kv_heads;
-        const T* keys = (const T*)(cache.keys + from[block] * cache.stride) + head * plane;
-        const T* values = (const T*)(cache.values + from[block] * cache.stride) + head * plane;
+        const uint32_t* keys = (const uint32_t*)(cache.keys + from[block] * cache.stride) + head * lanes;
+        const uint32_t* values = (const uint32_t*)(cache.values + from[block] * cache.stride) + head * lanes;
         char* at = sealed.data + into[block] * sealed.stride + head * units * shape.bytes();
         for (int64_t unit = 0; unit < units; unit++)
-            seal_unit(keys + unit * UNIT * LanesOf<T>::type::GROUP, values + unit * UNIT * cache.head_size, cache.block_size, shape,
-                      at + unit * shape.bytes());
+            seal_unit<T>(keys + unit * UNIT, values + unit * lanes / units, cache.block_size, shape, at + unit * shape.bytes());
     });
 }
 

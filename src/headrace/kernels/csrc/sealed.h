@@ -31,7 +31,7 @@ struct UnitShape {
 // The units of a span that a tile sees, of one kv head.
 struct SealedSpan {
     const char* units[SPAN_TOKENS / UNIT];
-    const char* ahead[SPAN_TOKENS / UNIT];  // what is read after each of them, to be fetched meanwhile; null: nothing
+    const char* ahead[SPAN_TOKENS / UNIT];  // what is read after each of them, to be fetched meanwhile
     int64_t first, last;  // in blocks
     int64_t from, to;     // in units
     UnitShape shape;
@@ -90,17 +90,20 @@ void scale_rows(const T* x, int64_t stride, const half* scales, const half* mini
     for (int r = 0; r < ROWS; r++) bases[r] = sum(least[r] + added[r]);
 }
 
-// scores [rows, 32] of a unit = scaled queries [planes][rows][head] times its codes, plus a base each.
+// scores [rows, 32] of a unit = scaled queries [planes][rows][head] times its codes, plus a base each. Asks for `bytes` that lie
+// ahead meanwhile, some with each word: scattered units are over before the processor has seen a pattern.
 template <class T, int BITS, int ROWS>
-void score_unit(const uint32_t* scaled, int64_t plane_lanes, const float* bases, const char* unit, float* scores, int64_t span, int64_t head, int64_t planes) {
+void score_unit(const uint32_t* scaled, int64_t plane_lanes, const float* bases, const char* unit, float* scores, int64_t span, int64_t head, int64_t planes,
+                const char* ahead, int64_t bytes) {
     using C = Codes<T, BITS>;
     using Lanes = typename C::Lanes;
-    int64_t words = head * BITS / 32, lanes = head / Lanes::GROUP;
+    int64_t words = head * BITS / 32, lanes = head / Lanes::GROUP, share = (bytes / planes / words + 63) / 64 * 64;
     for (int64_t j = 0; j < UNIT; j += 2 * W) {
         vf sums[ROWS][2] = {};
         for (int64_t plane = 0; plane < planes; plane++)
             for (int64_t w = 0; w < words; w++) {
                 const uint32_t* at = (const uint32_t*)unit + (plane * words + w) * UNIT + j;
+                for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(ahead + (plane * words + w) * share + line);
                 vu first = load(at), second = load(at + W);
 #pragma GCC unroll 16
                 for (int i = 0; i < C::STEPS; i++) {
@@ -166,15 +169,14 @@ void score_sealed(const SealedSpan& blocks, const SpanRows& rows, Scratch<T>& s)
         using C = Codes<T, decltype(bits)::value>;
         int64_t head = rows.head, plane_size = SCORE_ROWS * head;
         for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
-            // Scattered blocks are over before the processor has seen a pattern.
-            for (int64_t at = 0; blocks.ahead[unit] && at < blocks.shape.bytes(); at += 64) __builtin_prefetch(blocks.ahead[unit] + at);
             const half* scales = (const half*)(blocks.units[unit] + blocks.shape.key_scales());
             for (int64_t r = rows.low; r < rows.high; r += SCORE_ROWS)
                 by_count<SCORE_ROWS>(rows.high - r, [&](auto count) {
                     scale_rows<T, count>((const T*)rows.queries + r * head, head, scales, scales + head, head, C::OFFSET, planes, plane_size, s.scaled.data(),
                                          s.bases.data());
                     score_unit<T, decltype(bits)::value, count>((const uint32_t*)s.scaled.data(), plane_size / C::Lanes::GROUP, s.bases.data(),
-                                                                blocks.units[unit], rows.scores + r * rows.span + unit * UNIT, rows.span, head, planes);
+                                                                blocks.units[unit], rows.scores + r * rows.span + unit * UNIT, rows.span, head, planes,
+                                                                blocks.ahead[unit], blocks.shape.bytes());
                 });
         }
     });

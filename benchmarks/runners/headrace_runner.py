@@ -15,13 +15,16 @@ def main() -> None:
     options = {name: int(value) if value.isdigit() else value for name, value in pairs}
 
     def load() -> LLM:
-        return LLM(model, precision=precision, kv_cache_bytes=4 * 2**30, **options)
+        return LLM(model, precision=precision, **{"kv_cache_bytes": 4 * 2**30} | options)
 
     llm = load()
 
     def answer(prompts: list[list[int]], lengths: list[int]) -> int:
         params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
+        before = llm.engine.counters.steps, llm.engine.counters.preemptions
         outputs = llm.generate(prompts, params, progress=False)
+        steps, preemptions = llm.engine.counters.steps - before[0], llm.engine.counters.preemptions - before[1]
+        print(f"{sum(lengths) / steps:.1f} output tokens a step, {preemptions} preemptions", file=sys.stderr)
         return sum(len(each.outputs[0].token_ids) for each in outputs)
 
     def renew() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -14,7 +14,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.checkpoint.pooling import read_pooling
 from headrace.core import InputError, Pooling, Request, RowError, SamplingParams
 from headrace.engine.deltas import DeltaReader
-from headrace.engine.loading import load_engine
+from headrace.engine.loading import change_kv, load_engine
 from headrace.engine.outputs import RequestOutput, ScoreOutput
 from headrace.meter.bar import show_progress
 from headrace.meter.report import describe_run
@@ -169,11 +169,22 @@ class LLM:
             self.model_hash,
         )
 
+    def use_kv(self, kv: str, block_size: int) -> None:
+        """Keep keys and values by this policy from now on, in as much memory; what was cached is forgotten.
+
+        Raises InputError for a policy that cannot serve the model, ValueError while a request is unfinished.
+        """
+        memory = self.resolved["kv_cache_bytes"]
+        options = replace(self.options, kv=kv, block_size=block_size, kv_cache_bytes=memory)
+        change_kv(self.engine, options)
+        self.options = replace(options, kv_cache_bytes=self.options.kv_cache_bytes)
+        self.resolved |= {"kv": kv, "block_size": block_size}
+
     def close(self) -> None:
         """Free the model and the KV cache. The LLM cannot be used after it."""
         engine = self.__dict__.pop("engine", None)
         if engine is not None:
-            engine.meter.close()
+            engine.close()
 
     def __enter__(self) -> Self:
         return self

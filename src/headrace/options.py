@@ -112,6 +112,14 @@ class EngineOptions(Options):
         metavar="SIZE",
         low=0,
     )
+    kv_dir: str | None = setting(
+        None,
+        "Keep KV blocks in this folder, too, so that later runs find equal prefixes there; none if not given.",
+        metavar="FOLDER",
+    )
+    kv_dir_bytes: int = setting(
+        8 * 2**30, "Most that kv_dir takes; least recently used blocks go first.", metavar="SIZE", low=1
+    )
     seed: int = setting(0, "Seed of rows that bring none; then a row's randomness depends on this and its id only.")
 
     def __post_init__(self) -> None:
@@ -158,6 +166,12 @@ class RunOptions(Options):
     )
     max_errors: str | None = setting(
         None, "Stop after this many failed rows, or this share such as 5%.", metavar="N|P%"
+    )
+    kv_loss: str | None = setting(
+        None,
+        "Take the smallest KV cache whose loss on a sample of the rows, and on one in 200 later, is within this share "
+        "such as 1%: the rise of the perplexity of what the full cache answers.",
+        metavar="P%",
     )
     price_per_hour: float | None = setting(
         None, "Price of this machine an hour, in any currency; the report then says what the run cost.", low=0

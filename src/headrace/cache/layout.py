@@ -27,12 +27,10 @@ class CacheGroup:
 class Shrink:
     """How much of a prompt stays in the cache once all of it is computed; which tokens is the policy's matter.
 
-    keep     a share of the prompt's tokens if below 1, else so many tokens, rounded up to whole dropped blocks
-    queries  the policy looks at the last so many queries of a prompt: they are computed in one step where that can be
+    keep: a share of the prompt's tokens if below 1, else so many tokens; only whole blocks are dropped.
     """
 
     keep: float
-    queries: int = 1
 
     def count_dropped(self, prompt: int, block_size: int) -> int:
         """Blocks that a prompt of so many tokens loses."""
@@ -40,13 +38,8 @@ class Shrink:
         return max(0, prompt - max(kept, 1)) // block_size
 
     def cut(self, prompt: int, start: int, length: int) -> int:
-        """A chunk's length, cut so that it ends with the prompt or leaves the last queries together."""
-        if start >= prompt:
-            return length
-        length = min(length, prompt - start)
-        rest = prompt - start - length
-        missing = self.queries - rest
-        return length - missing if 0 < rest < self.queries and length > missing else length
+        """A chunk's length, cut so that it does not go on behind the prompt."""
+        return min(length, prompt - start) if start < prompt else length
 
 
 class Place(NamedTuple):
@@ -61,13 +54,18 @@ class CacheLayout:
     """Groups whose blocks are equally large, so that any block serves any group. block_size is in tokens.
 
     shares_prefixes is False where a block holds what depends on more than the tokens up to it, shrink is None where
-    prompts stay as they are. A layout that shrinks shares nothing.
+    prompts stay as they are. A layout that shrinks shares nothing. With shares_output False only prompts are shared.
+    most_chunk is how many tokens of a sequence one step may compute, most_read how many an output token reads; None
+    where there is no such bound.
     """
 
     block_size: int
     groups: tuple[CacheGroup, ...]
     shares_prefixes: bool = True
     shrink: Shrink | None = None
+    shares_output: bool = True
+    most_chunk: int | None = None
+    most_read: int | None = None
 
     @classmethod
     def from_windows(cls, windows: Sequence[int | None], block_size: int, layer_bytes: int = 1) -> CacheLayout:
@@ -96,6 +94,11 @@ class CacheLayout:
         """Bytes that one more token of a long text takes over all layers."""
         whole = sum(group.window is None for group in self.groups) or len(self.groups)
         return self.block_bytes * whole / self.block_size
+
+    @property
+    def sealed_token_bytes(self) -> float | None:
+        """Bytes of one token in one layer's sealed blocks; None where nothing is sealed."""
+        return next((group.layer_bytes / self.block_size for group in self.groups if group.sealed), None)
 
     def place(self, layer: int) -> Place:
         """Where the layer's exact blocks are. Raises ValueError for a layer that is not there."""

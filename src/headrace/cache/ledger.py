@@ -5,10 +5,11 @@ Knows nothing of tensors, of when a sequence runs, of what a block's bytes are, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace.cache.blocks import BlockPool
-from headrace.cache.keeps import Keep, Keeps, program_of
+from headrace.cache.keeps import Keep, Keeps, Program, program_of
 from headrace.cache.layout import CacheLayout
 from headrace.cache.prefix import ABSENT, BlockKey, Hit, Node, PrefixTree
 from headrace.core import Sequence
@@ -51,6 +52,8 @@ class KVLedger:
         self.windowed = [(index, group.window) for index, group in enumerate(layout.groups) if group.window is not None]
         self.holdings: dict[int, Holding] = {}
         self.shared = 0
+        # Told the number of a sequence that has lost its blocks, by whoever keeps more of it elsewhere.
+        self.on_release: Callable[[int], None] = ignore
         # The sum of the numbers of a block's holders: where one holder is left, it is that sequence's number.
         self._holders = [0] * num_blocks
 
@@ -85,10 +88,12 @@ class KVLedger:
         """
         if not self.prefix_cache:
             return Hit([])
-        request = sequence.request
-        every = request.score or request.embed == "mean"
-        limit = 0 if every else (len(sequence.tokens) - 1) // self.layout.block_size
-        return self.tree.match(sequence.tokens, limit, request.owner)
+        return self.tree.match(sequence.tokens, self.count_sharable(sequence), sequence.request.owner)
+
+    def count_sharable(self, sequence: Sequence) -> int:
+        """Whole blocks that a sequence may have from the tree: `match` says which tokens are left to compute."""
+        every = sequence.request.score or sequence.request.embed == "mean"
+        return 0 if every else (len(sequence.tokens) - 1) // self.layout.block_size
 
     def hit_blocks(self, nodes: list[Node]) -> tuple[list[int], list[int]]:
         """The blocks that a sequence acquires with these nodes: of full-attention groups, of sliding-window groups."""
@@ -140,14 +145,15 @@ class KVLedger:
                 table.append(self._allocate(group, sequence.number))
 
     def publish(self, sequence: Sequence) -> None:
-        """Put the blocks that have become full of computed tokens into the tree."""
+        """Put the blocks that have become full of computed tokens into the tree, but for those that slid away."""
         if not self.prefix_cache:
             return
         size, holding = self.layout.block_size, self.holdings[sequence.number]
-        if sequence.computed < (holding.published + 1) * size:
+        end = min(sequence.computed, self._sharable_end(sequence))
+        if end < (holding.published + 1) * size:
             return
         before = holding.node
-        while sequence.computed >= (holding.published + 1) * size:
+        while end >= (holding.published + 1) * size:
             label = self.tree.label(sequence.tokens, holding.published, sequence.request.owner)
             holding.node = self.tree.child(holding.node, label)
             for group, table in enumerate(sequence.tables):
@@ -157,6 +163,9 @@ class KVLedger:
         self.tree.pin(holding.node)
         self.tree.unpin(before)
         self._renew_promise(sequence, holding)
+
+    def _sharable_end(self, sequence: Sequence) -> int:
+        return len(sequence.tokens) if self.layout.shares_output else sequence.prompt_length
 
     def slide(self, sequence: Sequence) -> None:
         """Release the blocks of sliding-window groups that no later query of the sequence can see."""
@@ -193,17 +202,19 @@ class KVLedger:
             self.tree.fulfil(holding.promise)
         self.tree.unpin(holding.node)
         self._trim()
+        self.on_release(sequence.number)
 
-    def keep(self, sequence: Sequence, until: float) -> None:
+    def keep(self, sequence: Sequence, until: float, program: Program | None = None) -> None:
         """Before its release: what a sequence of a program has in the tree stays for the program's next turn.
 
-        It stays until this time, on whatever clock `expire` is called by; see `Keeps` for what ends it sooner.
+        It stays until this time, on whatever clock `expire` is called by; see `Keeps` for what ends it sooner. Under
+        another name than its own program's it is not let go where the sequence is admitted.
         """
         published = self.holdings[sequence.number].published
         held = (table[position] for position in range(published - 1, -1, -1) for table in sequence.tables)
         blocks = tuple(block for block in held if block != ABSENT)
         if blocks:
-            self.keeps.add(program_of(sequence.request), Keep(until, blocks))
+            self.keeps.add(program or program_of(sequence.request), Keep(until, blocks))
 
     def expire(self, now: float) -> None:
         """Let go of what was kept until now or before."""
@@ -225,7 +236,7 @@ class KVLedger:
         if holding.promise is not None:
             self.tree.fulfil(holding.promise)
         holding.promise = None
-        if self.prefix_cache:
+        if self.prefix_cache and (holding.published + 1) * self.layout.block_size <= self._sharable_end(sequence):
             owner = sequence.request.owner
             holding.promise = self.tree.next_key(holding.node, sequence.tokens, holding.published, owner)
         if holding.promise is not None:
@@ -234,6 +245,8 @@ class KVLedger:
     def _publish_block(self, node: Node, group: int, own: int, number: int) -> int:
         """Put the sequence's own block into the tree, or swap it for the equal one there; the one for its table."""
         present = node.blocks[group]
+        if own == ABSENT:
+            return own
         if present == ABSENT:
             self.tree.put(node, group, own)
             self.pool.cache(own)
@@ -280,3 +293,7 @@ class KVLedger:
 def first_seen(position: int, window: int) -> int:
     """The first token that a query at this position sees through a sliding window."""
     return max(0, position - window + 1)
+
+
+def ignore(number: int) -> None:
+    """Nothing is kept elsewhere."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.cache.policies.base import KVPolicy, KVShape
+from headrace.cache.tier import Tier
 from headrace.kernels.base import LayerCache
 
 
@@ -19,9 +20,12 @@ class PagedCache:
     keys    [kv heads, head size / pair, block size, pair]: scores are computed for many keys at once
     values  [kv heads, block size / pair, head size, pair]: outputs are computed for many head elements at once
     planes  the policy's, float32 [kv heads, block size] each
+    extra   what a layer's bytes of a block have left, for the policy to use as it likes
 
     where pair is 1 in float32 and 2 in bfloat16 (see `Kernels`). Of a sealed group it has, layer by layer, what the
-    policy's form says.
+    policy's form says, or where it has none, bytes that the policy alone can read.
+
+    Below it there may be a `tier`, which keeps copies of full blocks on disk.
 
     Zero-filled, on a CPU by the operating system as blocks are first touched: an unused budget costs no memory.
     """
@@ -32,6 +36,7 @@ class PagedCache:
         self.policy = policy
         self.device = device
         self.arena = make_zeros(num_blocks, self.layout.block_bytes, device)
+        self.tier: Tier | None = None
         self.layers = [self._view(layer, shape) for layer in range(len(shape.windows))]
 
     def _view(self, layer: int, shape: KVShape) -> LayerCache:
@@ -54,10 +59,15 @@ class PagedCache:
         for index, name in enumerate(self.policy.planes):
             numbers = self._part(start + 2 * half + index * each, each).view(torch.float32).view(-1, heads, size)
             cache = replace(cache, bias=numbers) if name == "bias" else replace(cache, mass=numbers)
+        used = 2 * half + len(self.policy.planes) * each
+        left = self.layout.groups[place.group].layer_bytes - used
+        if left:
+            cache = replace(cache, extra=self._part(start + used, left))
         if sealed is None:
             return cache
         each = self.layout.groups[sealed.group].layer_bytes
-        part = self._part(sealed.layer * each, each).view(-1, heads, each // heads)
+        apart = 1 if self.policy.form is None else heads
+        part = self._part(sealed.layer * each, each).view(-1, apart, each // apart)
         return replace(
             cache, sealed=part, form=self.policy.form, sealed_group=sealed.group, residual=self.policy.residual
         )

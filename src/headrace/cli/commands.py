@@ -19,6 +19,7 @@ from headrace.cli.chatting import chat
 from headrace.cli.config import default_output, resolve
 from headrace.cli.flags import CONFIG, add_settings, sign
 from headrace.cli.grouped import GroupedCommand
+from headrace.cli.judging import CONTEXTS_FLAGS, KV_FLAGS, eval_contexts, eval_kv
 from headrace.cli.keys import key
 from headrace.cli.measuring import bench, judge, quantize, report
 from headrace.cli.planning import PLAN_FLAGS, plan, tune
@@ -83,6 +84,8 @@ app.command(cls=GroupedCommand)(chat)
 app.command(cls=GroupedCommand)(key)
 app.command(cls=GroupedCommand)(report)
 app.command(cls=GroupedCommand)(quantize)
+judge.command("kv", cls=GroupedCommand)(sign(eval_kv, KV_FLAGS))
+judge.command("contexts", cls=GroupedCommand)(sign(eval_contexts, CONTEXTS_FLAGS))
 app.add_typer(bench, name="bench")
 app.add_typer(judge, name="eval")
 

@@ -25,7 +25,7 @@ Most = Annotated[int, typer.Option("--tokens", min=2, help="Most tokens of the t
 LEAST_TOKENS = 4096
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
-judge = typer.Typer(help="Measure what a number format costs in quality.", no_args_is_help=True)
+judge = typer.Typer(help="Measure what a number format or a KV policy costs in quality.", no_args_is_help=True)
 
 
 @bench.command(cls=GroupedCommand)

@@ -38,6 +38,7 @@ def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout, de
     last = np.flatnonzero(positions % block_size == block_size - 1)
     filled = [np.ascontiguousarray(table[owner[last], positions[last] // block_size]) for table in tables]
     dropped = np.array([sequence.dropped for _, sequence in scheduled], dtype=np.int32)
+    prompts = np.array([sequence.prompt_length for _, sequence in scheduled], dtype=np.int32)
     shrinks = np.array([count_shrinking(chunk, sequence, layout) for chunk, sequence in scheduled], dtype=np.int32)
 
     def send(array: NDArray[np.generic]) -> Tensor:
@@ -54,6 +55,8 @@ def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout, de
         filled=tuple(send(blocks) for blocks in filled),
         begins=send(dropped * block_size) if dropped.any() else None,
         shrinks=send(shrinks) if shrinks.any() else None,
+        prompts=send(prompts),
+        numbers=tuple(sequence.number for _, sequence in scheduled),
     )
 
 

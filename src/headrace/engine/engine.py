@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class Engine:
         with self.meter.watch.part("scheduling"):
             expire(self.state, time.monotonic())
             arrange(self.schedule, self.state)
-            plan = plan_step(self.state, self.state.limits)
+            plan = self._plan()
             if not plan.chunks:
                 return []
             apply(plan, self.state)
@@ -113,6 +114,7 @@ class Engine:
             hidden = self.model.forward(batch, self.cache)
         with self.meter.watch.part("sampling"):
             self._count(plan, scheduled)
+            self._save(scheduled)
             advance(plan, self.state)
             outputs = self._commit(scheduled, hidden)
         self.meter.count(pieces, began)
@@ -132,6 +134,25 @@ class Engine:
         if generations is None:
             return None
         return self._close(generations)
+
+    def recache(self, cache: PagedCache, state: SchedulerState) -> None:
+        """Go on with another cache, empty, and the state over it. What was learned of output lengths stays.
+
+        Raises ValueError while a request is here.
+        """
+        if self._requests:
+            raise ValueError(f"the cache of an engine with {len(self._requests)} unfinished requests cannot be changed")
+        state.lengths = self.state.lengths
+        self.cache, self.state = cache, state
+        self.counters.kv_bytes_per_token = round(cache.layout.bytes_per_token)
+        self.counters.kv_budget_bytes = cache.num_blocks * cache.layout.block_bytes
+        self.meter.shape = replace(self.model.shape, sealed_bytes=cache.layout.sealed_token_bytes)
+
+    def close(self) -> None:
+        """Let go of files. Nothing can be computed after it."""
+        self.meter.close()
+        if self.cache.tier is not None:
+            self.cache.tier.close()
 
     def _check(self, request: Request) -> None:
         vocabulary, length = self.model.config.vocab_size, len(request.prompt_token_ids)
@@ -171,6 +192,26 @@ class Engine:
             counters.computed_prompt_tokens += generation.reach(chunk.start, chunk.start + chunk.length)
         counters.kv_used_bytes = self.state.ledger.used_blocks * self.cache.layout.block_bytes
         counters.kv_peak_bytes = max(counters.kv_peak_bytes, counters.kv_used_bytes)
+
+    def _plan(self) -> StepPlan:
+        """The next step. Where those whom it admits have blocks on disk, these come back, and it is planned anew."""
+        state, tier = self.state, self.cache.tier
+        plan = plan_step(state, state.limits)
+        room = 0 if tier is None else tier.room
+        while tier is not None and room > 0 and plan.admit:
+            with self.meter.watch.part("files"):
+                taken = tier.restore([state.find(each.sequence) for each in plan.admit], room)
+            if not taken:
+                break
+            room -= taken
+            plan = plan_step(state, state.limits)
+        return plan
+
+    def _save(self, scheduled: Rows[tuple[Chunk, Sequence]]) -> None:
+        """Copy the blocks that this step has filled to disk."""
+        if self.cache.tier is not None:
+            with self.meter.watch.part("files"):
+                self.cache.tier.save(scheduled)
 
     def _commit(self, scheduled: Rows[tuple[Chunk, Sequence]], hidden: Tensor) -> list[RequestOutput]:
         """Read hidden [R, H] row by row, as build_batch asked for it; append tokens, finish what is complete."""

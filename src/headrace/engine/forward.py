@@ -1,15 +1,23 @@
-"""Hidden states of a text from a model alone: no schedule, no requests. What judges of quality compare."""
+"""Hidden states of texts that are known already: nothing is sampled. What judges of quality compare."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from headrace.cache.paged import PagedCache
+from headrace.cache.policies.base import KVPolicy
 from headrace.cache.policies.plain import Plain
 from headrace.core import Chunk, Request, SamplingParams, Sequence
 from headrace.engine.batch import build_batch
 from headrace.model import Model
+from headrace.options import EngineOptions
+from headrace.schedule.apply import advance, apply, finish
+from headrace.schedule.state import SchedulerState
+from headrace.schedule.step import plan_step
 
 
 @torch.inference_mode()
@@ -30,3 +38,37 @@ def compute_hidden(model: Model, texts: list[list[int]], block_size: int = 32) -
         sequence = Sequence(request, 0, number, [*text, 0], tables=tables)
         scheduled.append((Chunk(number, 0, len(text)), sequence))
     return model.forward(build_batch(scheduled, cache.layout, cache.device), cache)
+
+
+class AnswerReader:
+    """Reads known answers to prompts through a cache of one policy, with the chunks that an engine would compute.
+
+    The cache is the reader's own, for one prompt and its answer at a time, of at most `tokens` together.
+    """
+
+    def __init__(self, model: Model, policy: KVPolicy, options: EngineOptions, tokens: int) -> None:
+        """options: block_size and step_tokens count. Raises InputError where the policy cannot serve the model."""
+        blocks = len(policy.arrange(model.kv_shape, options.block_size).groups) * -(-tokens // options.block_size)
+        self.model = model
+        self.cache = PagedCache(model.kv_shape, policy, options.block_size, blocks, str(model.embedding.device))
+        # Every token of an answer is to be read: none may come from an equal text.
+        self.state = SchedulerState.create(self.cache.layout, blocks, replace(options, prefix_cache=False))
+        self._read = 0
+
+    @torch.inference_mode()
+    def read(self, prompt: Rows[int], answer: Rows[int]) -> Tensor:
+        """Hidden states [len(answer), hidden], each one that from which a token of the answer is to be predicted."""
+        request = Request(str(self._read), tuple(prompt), SamplingParams(max_tokens=len(answer)))
+        sequence = Sequence(request, 0, self._read, [*prompt, *answer[:-1]])
+        self._read += 1
+        self.state.add(sequence)
+        hidden = []
+        while sequence.computed < len(sequence.tokens):
+            plan = plan_step(self.state, self.state.limits)
+            apply(plan, self.state)
+            batch = build_batch([(chunk, sequence) for chunk in plan.chunks], self.cache.layout, self.cache.device)
+            wanted = torch.nonzero(batch.positions >= len(prompt) - 1).flatten()
+            hidden.append(self.model.forward(replace(batch, logit_rows=wanted), self.cache))
+            advance(plan, self.state)
+        finish(sequence, self.state)
+        return torch.cat(hidden)

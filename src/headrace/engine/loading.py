@@ -10,8 +10,10 @@ from typing import Any
 
 from headrace.cache.layout import CacheLayout
 from headrace.cache.paged import PagedCache
-from headrace.cache.policies.base import KVPolicy, KVShape
+from headrace.cache.policies.base import KVPolicy, KVShape, Remembering
 from headrace.cache.policies.choice import make_policy
+from headrace.cache.store import BlockStore
+from headrace.cache.tier import Tier
 from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.checkpoint.hashes import cache_folder
 from headrace.core import InputError
@@ -24,6 +26,7 @@ from headrace.kernels.base import Kernels
 from headrace.kernels.timed import TimedKernels
 from headrace.meter.meter import Meter
 from headrace.meter.peaks import count_cores, describe_machine, load_peaks
+from headrace.meter.report import list_versions
 from headrace.meter.step_time import describe_setting, load_step_time
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import ModelSettings, load_model
@@ -34,6 +37,8 @@ from headrace.schedule.state import SchedulerState
 
 # Raised whenever weights are quantised or packed in another way: what lies in the cache folder is then made anew.
 PACKING = 2
+# Raised whenever the bytes of a KV block mean something else: what lies in a kv_dir is then not found any more.
+KEEPING = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +124,38 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     cache = PagedCache(model.kv_shape, choice.policy, options.block_size, num_blocks, options.device)
     context = model.config.context_length
     state = SchedulerState.create(cache.layout, cache.num_blocks, options, context)
+    if isinstance(choice.policy, Remembering):
+        state.ledger.on_release = choice.policy.release
     tokenizer = checkpoint.tokenizer()
-    meter = Meter(model.shape, load_peaks(choice.machine, threads), watch)
+    shape = replace(model.shape, sealed_bytes=cache.layout.sealed_token_bytes)
+    meter = Meter(shape, load_peaks(choice.machine, threads), watch)
     engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule](), options.seed, meter)
+    if options.kv_dir is not None:
+        cache.tier = open_tier(options, cache, state, identify(choice, checkpoint, model.note, context))
+        engine.counters.kv_store = cache.tier.store.counts
     resolved = choice.settings | {
         "weights": model.note,
         "kv_cache_bytes": cache.num_blocks * cache.layout.block_bytes,
         "max_context": model.config.context_length,
     }
     return LoadedEngine(engine, options, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
+
+
+def change_kv(engine: Engine, options: EngineOptions) -> None:
+    """Give an engine in which nothing waits or runs an empty cache of options.kv, within options.kv_cache_bytes.
+
+    Raises InputError for a policy that cannot serve the model.
+    """
+    policy = make_policy(options.kv)
+    num_blocks, _ = size_cache(engine.model.kv_shape, policy, options)
+    cache = PagedCache(engine.model.kv_shape, policy, options.block_size, num_blocks, options.device)
+    state = SchedulerState.create(cache.layout, num_blocks, options, engine.context_length)
+    tier = engine.cache.tier
+    if tier is not None:
+        tier.close()
+        cache.tier = open_tier(options, cache, state, tier.identity)
+        cache.tier.store.counts = engine.counters.kv_store
+    engine.recache(cache, state)
 
 
 def name_packed(checkpoint: Checkpoint, precision: str, kernels: str) -> Path:
@@ -141,6 +169,28 @@ def describe_weights(options: EngineOptions, checkpoint: Checkpoint, precision: 
     """How the weights that would be loaded were made, where a text decided it; "" where the checkpoint and the format
     alone do."""
     return read_note(name_packed(checkpoint, precision, kernels)) if options.keep_packed else ""
+
+
+def identify(choice: Choice, checkpoint: Checkpoint, weights: str, context: int) -> str:
+    """Everything but tokens and policy that the bytes of a KV block depend on, as hexadecimal digits."""
+    options, kernels = choice.options, choice.kernels
+    versions = [(name, number) for name, number in list_versions().items() if name in ("headrace", "torch")]
+    model = [checkpoint.hash(), dict(checkpoint.config), weights, context]
+    arithmetic = [choice.precision, kernels.name, kernels.instruction_set, options.device, versions]
+    facts = json.dumps([KEEPING, *model, *arithmetic], default=str)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def open_tier(options: EngineOptions, cache: PagedCache, state: SchedulerState, identity: str) -> Tier:
+    """The tier below the cache. Raises InputError for a folder that cannot be used, and where nothing can be shared."""
+    layout = cache.layout
+    if not state.ledger.prefix_cache:
+        reason = "prefix_cache is off" if layout.shares_prefixes else f"with kv {options.kv} no prefixes are shared"
+        raise InputError(f"kv_dir keeps prefixes and {reason}: leave kv_dir out, or change that")
+    root = hashlib.sha256(f"{identity} {options.kv} {layout}".encode())
+    folder = Path(options.kv_dir or "").expanduser()
+    store = BlockStore(folder, root.hexdigest()[:32], layout.block_bytes, options.kv_dir_bytes)
+    return Tier(store, state.ledger, cache.arena, root.digest(), identity)
 
 
 def size_cache(shape: KVShape, policy: KVPolicy, options: EngineOptions) -> tuple[int, CacheLayout]:

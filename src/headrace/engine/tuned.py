@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from headrace.cache.policies.choice import FULL
 from headrace.meter.kept import kept_path, read_kept, write_kept
 from headrace.meter.peaks import count_cores
 from headrace.options import EngineOptions
@@ -19,7 +20,10 @@ def tuned_path() -> Path:
 
 
 def apply_tuned(options: EngineOptions, model_hash: str, machine: str, precision: str) -> EngineOptions:
-    """The options, with what was found in place of those that have their default value."""
+    """The options, with what was found in place of those that have their default value.
+
+    Under a KV policy block_size stays: what such a cache reads depends on it.
+    """
     if not options.tuned:
         return options
     found = load_tuned(model_hash, machine, precision)
@@ -27,6 +31,8 @@ def apply_tuned(options: EngineOptions, model_hash: str, machine: str, precision
     changes: dict[str, Any] = {
         n: found[n] for n, each in defaults.items() if n in found and getattr(options, n) == each
     }
+    if options.kv != FULL:
+        changes.pop("block_size", None)
     return replace(options, **changes)
 
 

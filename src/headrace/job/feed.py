@@ -104,6 +104,16 @@ class Feed:
                 finished.append(self._finish(draft, answer, shortened, pending.key))
         return finished
 
+    @property
+    def requests(self) -> list[Request]:
+        """Those on their way, as they came."""
+        return [pending.request for pending in self._pending.values()]
+
+    def find(self, request_id: str) -> tuple[Request, list[int]]:
+        """A request on its way, and the rows (from 0) that it will answer."""
+        pending = self._pending[request_id]
+        return pending.request, [draft.row for draft, _ in pending.rows]
+
     def _take(self, rows: list[Row], finished: list[Finished]) -> None:
         drafts = []
         for row in rows:

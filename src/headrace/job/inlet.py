@@ -30,16 +30,24 @@ class Inlet(Protocol):
 
 
 class EngineInlet:
-    """A job's own engine, which the job steps whenever no more rows are wanted: so its window is full at each step."""
+    """A job's own engine, which the job steps whenever no more rows are wanted: so its window is full at each step.
+
+    While it is `paused` it wants none.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.context_length = engine.context_length
         self.watch = engine.meter.watch
         self.window = Window(engine.state, engine.schedule)
+        self.paused = False
         self._engine = engine
 
     def add(self, request: Request) -> None:
         self._engine.add(request)
 
     def wants(self, held_tokens: int) -> bool:
-        return self.window.wants(held_tokens)
+        return not self.paused and self.window.wants(held_tokens)
+
+    def reopen(self) -> None:
+        """End a pause; the engine may have another state than before."""
+        self.window.state, self.paused = self._engine.state, False

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.cache.policies.choice import FULL
 from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.core import Constraint, InputError, RowError, SamplingParams
 from headrace.engine.loading import describe_weights
@@ -36,7 +37,8 @@ COMPUTING = ("headrace", "torch", "tokenizers", "llguidance")
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What the user wants, with every flag read and checked. `max_errors` is a count, or a share as a fraction."""
+    """What the user wants, with every flag read and checked. `max_errors` is a count, or a share as a fraction;
+    `kv_loss` is a fraction."""
 
     source: str
     output: Path
@@ -47,6 +49,7 @@ class Ask:
     constraint: Constraint | None
     params: SamplingParams
     max_errors: int | float | None
+    kv_loss: float | None
 
     def make_drafter(self, batch: bool, tokenizer: Tokenizer) -> Drafter:
         if self.template is None:
@@ -95,7 +98,8 @@ def read_ask(source: str, output: str, engine: EngineOptions, sampling: Sampling
         raise InputError(f"trace cannot be written to {run.trace}: name a file in a folder that exists")
     # Refuses a suffix that names no kind of output.
     ResultFormat(path, batch=True, model="", fingerprint="")
-    return Ask(source, path, engine, sampling, run, template, constraint, params, read_max_errors(run.max_errors))
+    most, loss = read_max_errors(run.max_errors), read_kv_loss(run, engine)
+    return Ask(source, path, engine, sampling, run, template, constraint, params, most, loss)
 
 
 def check_input(path: Path, output: Path) -> None:
@@ -120,6 +124,22 @@ def read_max_errors(text: str | None) -> int | float | None:
     if match and match[2] and 0 < float(match[2]) <= 100:
         return float(match[2]) / 100
     raise InputError(f"max_errors must be a number of rows of at least 1, or a share such as 5%, got {text!r}")
+
+
+def read_kv_loss(run: RunOptions, engine: EngineOptions) -> float | None:
+    """The budget for the KV cache's loss as a fraction. Raises InputError where it is none or cannot be used."""
+    if run.kv_loss is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", run.kv_loss.strip())
+    if match is None:
+        raise InputError(f"kv_loss must be a share such as 1%, got {run.kv_loss!r}")
+    if engine.kv != FULL:
+        raise InputError(f"kv_loss chooses the KV cache, and kv names one ({engine.kv}): give one of the two")
+    if engine.kv_dir is not None:
+        raise InputError(
+            "kv_loss may change the KV cache while the job runs, and kv_dir keeps one: give one of the two"
+        )
+    return float(match[1]) / 100
 
 
 def open_job(ask: Ask) -> Job:
@@ -210,6 +230,8 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
     tokenizer = checkpoint.tokenizer()
     vocabulary = f"{tokenizer.backend.to_str()}\0{tokenizer.chat_template}\0{sorted(tokenizer.eos_token_ids)}"
     engine, run = ask.engine, ask.run
+    # The full cache's results do not depend on the size of its blocks, those of others do.
+    lossy = engine.kv != FULL or ask.kv_loss is not None
     kernels = choose_kernels(engine.kernels, engine.device, engine.instruction_set)
     precision = choose_precision(engine, kernels.instruction_set, checkpoint.hash())[0]
     facts = {
@@ -222,6 +244,9 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
         "kernels": kernels.name,
         "instruction_set": kernels.instruction_set,
         "device": engine.device,
+        "kv": None if engine.kv == FULL else engine.kv,
+        "kv_loss": ask.kv_loss,
+        "block_size": engine.block_size if lossy else None,
         "seed": engine.seed,
         "max_context": engine.max_context,
         **asdict(ask.sampling),
@@ -243,8 +268,11 @@ def digest(value: Any) -> str:
 
 
 def name_system(fingerprint: dict[str, Any]) -> str:
-    """OpenAI's system_fingerprint: equal where model, arithmetic and version are."""
+    """OpenAI's system_fingerprint: equal where model, arithmetic, KV cache and version are."""
     parts = [
         fingerprint.get(name) for name in ("model", "precision", "weights", "kernels", "device", "version of headrace")
     ]
+    cache = [fingerprint.get(name) for name in ("kv", "kv_loss")]
+    if cache not in ([None, None], [FULL, None]):
+        parts += [*cache, fingerprint.get("block_size")]
     return f"fp_{digest(parts)[:12]}"

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from headrace.cache.policies.choice import COMPARED
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.core import InputError
 from headrace.job.intake import STDIN, Ask, open_rows
@@ -88,5 +89,7 @@ def list_changes(site: Site) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"threads {threads}", {"precision": site.choice.precision, "threads": threads}
         threads *= 2
     budget = site.memory.num_blocks * site.memory.layout.block_bytes
+    for kv in COMPARED:
+        yield f"KV {kv}", {"precision": site.choice.precision, "kv": kv}
     for parts in (4, 16):
         yield f"KV memory / {parts}", {"precision": site.choice.precision, "kv_cache_bytes": max(1, budget // parts)}

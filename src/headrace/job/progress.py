@@ -76,6 +76,11 @@ class Progress:
         elif not self._quiet:
             self._console.print(Text(f"headrace: {message}"))
 
+    def show(self, work: str) -> None:
+        """What is being done, on a terminal, until there is something else to show."""
+        if self._live is not None:
+            self._live.update(Text(f"headrace: {work}"), refresh=True)
+
     def show_forecast(self, found: Mapping[str, Any]) -> None:
         """What the run is expected to take."""
         if self._json:

@@ -13,9 +13,11 @@ from typing import Any
 from headrace.core import InputError
 from headrace.job.feed import Feed
 from headrace.job.foresight import foresee
+from headrace.job.guard import Guard
 from headrace.job.inlet import EngineInlet
 from headrace.job.intake import STDIN, Job, open_job, read_ask
 from headrace.job.journal import Finished
+from headrace.job.kv_budget import read_choice, settle_kv
 from headrace.job.progress import Progress, State
 from headrace.job.records import Traits
 from headrace.job.results import write_results
@@ -89,6 +91,7 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
         if job.ask.engine.precision == "auto":
             progress.say(f"precision {llm.resolved['precision']}: {llm.resolved['precision_reason']}")
         progress.restart_clock()
+        choice = settle_kv(job, llm, progress, lambda: check_stop(job, progress, stop))
         engine = llm.engine
         work = Work(engine.counters, engine.meter, job.ask.settings() | llm.resolved, llm.load_seconds)
         if job.ask.run.trace is not None:
@@ -96,6 +99,7 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
         names = {llm.model_name, job.ask.engine.model, None}
         inlet, drafter = EngineInlet(engine), job.ask.make_drafter(job.batch, llm.tokenizer)
         feed = Feed(job.source.rows(), drafter, inlet, llm.tokenizer, job.journal)
+        step = engine.step if choice is None else Guard(llm, feed, inlet, choice, job.journal, progress).step
         progress.state.flow = feed.flow
         while not feed.complete:
             check_stop(job, progress, stop)
@@ -106,7 +110,7 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
                     rows = job.rows - progress.state.rows_before
                     work.forecast = foresee(llm, feed, rows, progress.seconds)
                     progress.show_forecast(work.forecast)
-                finished = feed.collect(engine.step())
+                finished = feed.collect(step())
             if finished:
                 with engine.meter.watch.part("files"):
                     job.journal.save(finished)
@@ -179,13 +183,14 @@ def conclude(job: Job, work: Work, progress: Progress, report: dict[str, Any] | 
 
 def make_report(job: Job, work: Work) -> dict[str, Any]:
     """Rows and tokens of this run at the top; of the whole job, over all its runs, under `job`."""
-    totals = job.journal.totals()
+    totals, choice = job.journal.totals(), read_choice(job.journal)
     return {
         "requests": work.rows,
         "succeeded": work.rows - work.failed,
         "failed": work.failed,
         **describe_run(work.counters, work.meter, work.load_seconds, work.run_seconds, work.settings, job.model_hash),
         "forecast": compare_forecast(work),
+        "kv_loss": None if choice is None else choice.describe(),
         "windows": work.windows,
         "rows_total": job.rows,
         "rows_resumed": totals.rows - work.rows,

@@ -1,1 +1,1 @@
-"""Judges of quality: what a number format costs, measured on text."""
+"""Judges of quality: what a number format or a KV policy costs, measured on text."""

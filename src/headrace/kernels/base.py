@@ -37,6 +37,8 @@ class RaggedBatch:
     shrinks         [S]    so many blocks of the sequence are dropped after this step: before it ends, a policy moves
                     what it keeps to those that follow; None: none anywhere
     read_exactly    nothing is read sealed: all exact blocks are there
+    prompts         [S]    tokens of each sequence's prompt; those after them are output. None: all are prompt
+    numbers         each sequence's number in the engine: what a policy keeps of a sequence elsewhere is found by it
     """
 
     token_ids: Tensor
@@ -50,6 +52,8 @@ class RaggedBatch:
     begins: Tensor | None = None
     shrinks: Tensor | None = None
     read_exactly: bool = False
+    prompts: Tensor | None = None
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +99,10 @@ class LayerCache:
     values   [blocks, kv heads, block size / pair, head size, pair]
     bias     float32 [blocks, kv heads, block size], added to the scores of exact blocks; not together with a soft cap
     mass     float32 [blocks, kv heads, block size], what a policy remembers of each exact token; no kernel reads it
+    extra    uint8 [blocks, bytes], what a policy keeps in each exact block beside all that; no kernel reads it
     group    index into RaggedBatch.block_tables and .slots of these exact blocks
     sealed   uint8 [blocks, kv heads, bytes of a head] in `form`, where older blocks are sealed; no layer with a window
-             has that; sealed_group is their group
+             has that; sealed_group is their group. Without a form it is [blocks, 1, bytes], and no kernel reads it
     residual a query at position p reads the block of token p - residual + 1 and later ones exactly, earlier ones sealed
 
     Only the last two dimensions of keys and values, and the last one of sealed, need be contiguous with the next.
@@ -112,6 +117,7 @@ class LayerCache:
     residual: int = 1
     bias: Tensor | None = None
     mass: Tensor | None = None
+    extra: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +143,6 @@ class Matrix:
     input_group: int = 0
     input_scales: Tensor | None = None
     bias: Tensor | None = None
-    mass: Tensor | None = None
     activation: Activation | None = None
 
     @property

@@ -56,6 +56,8 @@ def describe_run(
         "versions": list_versions(),
         "model_hash": model_hash,
     }
+    if settings.get("kv_dir") is not None:
+        report["kv_store"] = counts["kv_store"]
     price = settings.get("price_per_hour")
     report["cost"] = None if price is None else round(price * (load_seconds + run_seconds) / 3600, 6)
     if meter is not None and counts["steps"]:
@@ -126,6 +128,10 @@ def format_report(report: Mapping[str, Any]) -> str:
         total = sum(seconds for _, seconds in parts) or 1.0
         lines.append(("spent on", ", ".join(f"{name} {s / total:.0%}" for name, s in parts if s / total >= 0.005)))
         lines.append(("verdict", report["verdict"]))
+    if "kv_store" in report:
+        lines.insert(8, ("KV on disk", describe_store(report["kv_store"])))
+    if report.get("kv_loss") is not None:
+        lines.append(("KV loss", describe_kv_loss(report["kv_loss"])))
     forecast = report.get("forecast")
     if forecast is not None and forecast["seconds"] is not None:
         most = "" if forecast["outputs_known"] else "at most "
@@ -140,6 +146,41 @@ def format_report(report: Mapping[str, Any]) -> str:
     if report["rows_shortened"]:
         lines.insert(2, ("shortened", f"{report['rows_shortened']:,} rows had less room than max_tokens"))
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def describe_store(counts: Mapping[str, int]) -> str:
+    """What KV blocks on disk were good for."""
+    refused = f", {counts['blocks_refused']:,} damaged blocks refused" if counts["blocks_refused"] else ""
+    restored = f"{counts['tokens_restored']:,} tokens restored instead of computed"
+    moved = f"{format_bytes(counts['bytes_read'])} read, {format_bytes(counts['bytes_written'])} written"
+    return f"{restored}, {moved}{refused}"
+
+
+def describe_kv_loss(found: Mapping[str, Any]) -> str:
+    """Which KV cache kept within the user's budget, and whether it went on to."""
+    allowed = f"{format_share(found['budget'])} allowed, measured in {format_seconds(found['measure_s'])}"
+    if found["sample"] is None:
+        return f"{found['kv']}; {allowed}"
+    parts = [f"{found['kv']} lost {format_loss(found['sample'], 'sampled rows')}"]
+    if found["checked"]["rows"]:
+        parts.append(format_loss(found["checked"], "checked rows"))
+    if found["fell_back"]:
+        parts.append("then the full cache took over")
+    return f"{', '.join(parts)}; {allowed}"
+
+
+def format_loss(loss: Mapping[str, Any], rows: str) -> str:
+    """A loss with its standard error, on how many of what rows, and how many of their answers would be others."""
+    changed = f" ({loss['changed_rows']:,} answered otherwise)" if loss["changed_rows"] else ""
+    return f"{format_share(loss['loss'])} ± {format_share(loss['error'])} on {loss['rows']:,} {rows}{changed}"
+
+
+def format_share(share: float) -> str:
+    """Such as 12%, 1.3% or 0.02%."""
+    percent = 100 * share
+    digits = 0 if abs(percent) >= 10 else 1 if abs(percent) >= 1 else 2
+    text = f"{percent:.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}%"
 
 
 def format_bytes(count: float) -> str:

@@ -5,7 +5,7 @@ Works on one ragged batch of tokens. Knows nothing of requests, schedules or fil
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Model:
 
     @property
     def kv_shape(self) -> KVShape:
-        return describe_kv(self.config, self.embedding.dtype)
+        return replace(describe_kv(self.config, self.embedding.dtype), measure_keys=self.measure_keys)
 
     @property
     def shape(self) -> ModelShape:
@@ -142,6 +142,19 @@ class Model:
             return self.logits(hidden).argmax(-1)
         return self.head.find_largest(hidden)
 
+    def measure_keys(self) -> Tensor:
+        """L2 norms of the rows of the key weights as they are stored: float32 [layers, kv heads, D]."""
+        config, device = self.config, self.embedding.device
+        own = slice(config.heads * config.head_size, (config.heads + config.kv_heads) * config.head_size)
+        # The packed weights are the kernels' own: what they make of unit vectors, less the bias, is their columns.
+        units = torch.cat([torch.zeros(1, config.hidden_size), torch.eye(config.hidden_size)])
+        units = units.to(device, self.embedding.dtype)
+        norms = []
+        for layer in self.layers:
+            product = layer.query_key_value(units, torch.float32)[:, own]
+            norms.append((product[1:] - product[0]).norm(dim=0).view(config.kv_heads, config.head_size))
+        return torch.stack(norms)
+
     def _attend(
         self, index: int, fused: Tensor, batch: RaggedBatch, cache: PagedCache, rotation: tuple[Tensor, Tensor]
     ) -> Tensor:
@@ -151,7 +164,9 @@ class Model:
         fused = fused.view(-1, config.heads + 2 * config.kv_heads, config.head_size)
         layer = cache.layers[index]
         self.kernels.place_heads(fused, self.layers[index].heads, rotation, layer, batch.slots[layer.group])
-        step = LayerStep(index, fused[:, : config.heads], layer, batch, spec, self.kernels)
+        rope = self.ropes[config.rope_of_layer[index]]
+        queries = fused[:, : config.heads]
+        step = LayerStep(index, queries, layer, batch, spec, self.kernels, cache.layers, (rope.cos, rope.sin))
         return cache.policy.attend(step).flatten(1)
 
 

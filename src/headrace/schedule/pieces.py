@@ -24,6 +24,8 @@ def describe_pieces(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout
         output = chunk.start >= sequence.prompt_length
         logits = 0 if sequence.request.embed else len(wanted_rows(chunk, sequence))
         seen = chunk.start - sequence.dropped * layout.block_size
+        if output and layout.most_read is not None:
+            seen = min(seen, layout.most_read)
         pieces.append(Piece(seen, chunk.length, logits, output, shared))
     return pieces
 

@@ -215,8 +215,8 @@ class _Draft:
             self._preempt(self.paused.pop())
 
     def _run(self, sequence: Sequence, computed: int, blocks: int, most: int) -> int:
-        """A chunk of at most so many tokens, as long as blocks allow, and its length; none if that is nothing."""
-        length = min(most, self.room.fitting(computed, blocks))
+        """A chunk of at most so many tokens, as blocks and the layout allow, and its length; none if that is 0."""
+        length = min(most, self.room.fitting(computed, blocks), self.room.layout.most_chunk or most)
         if length < 1:
             return 0
         if self.room.layout.shrink is not None:

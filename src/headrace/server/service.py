@@ -85,7 +85,9 @@ class Service:
 @lru_cache(maxsize=16)
 def name_fingerprint(llm: LLM) -> str:
     """OpenAI's system_fingerprint, as `headrace run` writes it."""
-    facts = {name: llm.resolved[name] or None for name in ("precision", "weights", "kernels", "device")}
+    facts = {
+        name: llm.resolved[name] or None for name in ("precision", "weights", "kernels", "device", "kv", "block_size")
+    }
     return name_system({**facts, "model": llm.model_hash, "version of headrace": __version__})
 
 

@@ -6,8 +6,9 @@ needs to know.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,12 +22,17 @@ Plane = Literal["bias", "mass"]
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What of a model decides how large its keys and values are. windows: by layer, None where it sees all tokens."""
+    """What of a model decides how large its keys and values are. windows: by layer, None where it sees all tokens.
+
+    measure_keys gives the L2 norms of the key weights' rows, float32 [layers, kv heads, D]; None before any weight is
+    read.
+    """
 
     windows: tuple[int | None, ...]
     kv_heads: int
     head_size: int
     dtype: torch.dtype
+    measure_keys: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def count_layer_bytes(self, block_size: int, planes: int = 0) -> int:
         """Bytes of one layer's exact keys and values in one block, and of so many planes."""
@@ -37,7 +43,8 @@ class KVShape:
 class LayerStep:
     """One layer's share of a step, its keys and values just written exactly.
 
-    queries [T, heads, D], any stride between tokens; cache is this layer's.
+    queries [T, heads, D], any stride between tokens; cache is this layer's, caches are all layers'.
+    rope: cos and sin by which the layer rotates a query or key at each position, float32 [context, D / 2] each.
     """
 
     layer: int
@@ -46,12 +53,14 @@ class LayerStep:
     batch: RaggedBatch
     spec: AttentionSpec
     kernels: Kernels
+    caches: Sequence[LayerCache] = ()
+    rope: tuple[Tensor, Tensor] | None = None
 
 
 class KVPolicy(Protocol):
     """How keys and values are kept. Made once for an engine, used by its thread alone.
 
-    form             how sealed blocks lie in memory; None if nothing is sealed
+    form             how sealed blocks lie in memory; None if nothing is sealed, or only the policy can read it
     residual         a query at position p reads the block of token p - residual + 1 and later ones exactly
     planes           numbers that exact blocks hold for each token and kv head beside its key and value
     """
@@ -75,4 +84,22 @@ class KVPolicy(Protocol):
     def attend(self, step: LayerStep) -> Tensor:
         """Attention [T, heads, D] of the step's queries. Brings what this step has filled into the policy's form first,
         so that a query reads the same whatever chunk or batch it comes in."""
+        ...
+
+
+@runtime_checkable
+class Sealable(Protocol):
+    """A policy that can be combined with rounding, as in `minicache(start=26)+kivi(k=4, v=4)`."""
+
+    def with_sealing(self, form: SealedForm, residual: int) -> KVPolicy:
+        """A policy like this one that also rounds what it keeps to the form's bits, with at least this residual."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A policy that keeps something of a sequence beside the arena, by the sequence's number."""
+
+    def release(self, number: int) -> None:
+        """The sequence has no blocks any more: it has ended, or will be computed anew."""
         ...

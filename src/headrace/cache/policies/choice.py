@@ -6,12 +6,43 @@ import ast
 import inspect
 from typing import Any
 
-from headrace.cache.policies.base import KVPolicy
+from headrace.cache.policies.base import KVPolicy, Sealable
+from headrace.cache.policies.bfp import BlockFloatKeys
+from headrace.cache.policies.h2o import H2O
+from headrace.cache.policies.infllm import InfLLM
 from headrace.cache.policies.kivi import Kivi
+from headrace.cache.policies.kvmerger import KVMerger
+from headrace.cache.policies.minicache import MiniCache
 from headrace.cache.policies.plain import Plain
+from headrace.cache.policies.scissorhands import Scissorhands
+from headrace.cache.policies.shadowkv import ShadowKV
+from headrace.cache.policies.snapkv import SnapKV
+from headrace.cache.policies.streaming import RandomTokens, Streaming
+from headrace.cache.policies.tova import Tova
 from headrace.core import InputError
 
-POLICIES: dict[str, type[KVPolicy]] = {"plain": Plain, "kivi": Kivi}
+POLICIES: dict[str, type[KVPolicy]] = {
+    "plain": Plain,
+    "kivi": Kivi,
+    "bfp": BlockFloatKeys,
+    "minicache": MiniCache,
+    "infllm": InfLLM,
+    "shadowkv": ShadowKV,
+    "streaming": Streaming,
+    "tova": Tova,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "scissorhands": Scissorhands,
+    "kvmerger": KVMerger,
+    "random": RandomTokens,
+}
+
+# Keeps all as it was computed: what others are measured against, and what is gone back to.
+FULL = "plain"
+# What a budget for the loss is tried on, beside the full cache: each seals blocks, so prefixes stay shared.
+CANDIDATES = ("kivi(k=2, v=2)", "kivi(k=4, v=2)", "kivi(k=4, v=4)", "kivi(k=8, v=8)")
+# What forecasts are compared under.
+COMPARED = ("kivi(k=4, v=4)", "kivi(k=2, v=2)")
 
 
 def make_policy(expression: str) -> KVPolicy:
@@ -27,6 +58,9 @@ def make_policy(expression: str) -> KVPolicy:
 
 
 def build(node: ast.expr, expression: str) -> KVPolicy:
+    """Raises InputError, naming what is wrong and what there is."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return combine(build(node.left, expression), build(node.right, expression), expression)
     name, arguments = read_call(node, expression)
     if name not in POLICIES:
         raise InputError(f"kv {expression!r}: there is no policy {name!r}; there are {', '.join(POLICIES)}")
@@ -36,6 +70,23 @@ def build(node: ast.expr, expression: str) -> KVPolicy:
         names = ", ".join(known) or "none"
         raise InputError(f"kv {expression!r}: {name} has no parameter {unknown[0]!r}; it has {names}")
     return POLICIES[name](**arguments)
+
+
+def combine(first: KVPolicy, second: KVPolicy, expression: str) -> KVPolicy:
+    """One policy that does what both say. Raises InputError, saying why, for two that cannot be combined."""
+    if isinstance(first, Plain) or isinstance(second, Plain):
+        raise InputError(f"kv {expression!r}: plain keeps everything as it is; leave it out")
+    if second.form is None:
+        can = "only kivi can stand after a +: it rounds what the policy before it leaves"
+        raise InputError(f"kv {expression!r}: {can}; put it last, and use one other policy")
+    if isinstance(first, Sealable):
+        return first.with_sealing(second.form, second.residual)
+    if first.residual > 1 or first.form is not None:
+        raise InputError(f"kv {expression!r}: both policies would write the same sealed blocks; use one of them")
+    raise InputError(
+        f"kv {expression!r}: the first policy moves or reads tokens head by head within exact blocks, "
+        "and kivi rounds keys over neighbouring tokens of sealed ones; use one of them"
+    )
 
 
 def read_call(node: ast.expr, expression: str) -> tuple[str, dict[str, Any]]:

@@ -1,0 +1,180 @@
+"""The tier below the KV memory: full blocks are copied to a store on disk, and come back instead of being computed.
+
+A block's key is a chained hash of everything that its bytes depend on: `root` (the model, its arithmetic, the policy
+and the layout), the owner, and all tokens up to its end. Knows no file, no clock, and not who will run.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from headrace.cache.ledger import KVLedger, first_seen
+from headrace.cache.prefix import ABSENT
+from headrace.cache.store import KEY_BYTES, BlockStore
+from headrace.core import Chunk, Sequence
+
+# Sequences whose keys are remembered; those of others are made again.
+MOST_TRACKS = 1024
+GROUP_BYTES = 4
+
+
+@dataclass(slots=True)
+class Track:
+    """What the tier knows of a sequence: its nodes' keys so far, and how many of its nodes have been saved."""
+
+    keys: list[bytes] = field(default_factory=list)
+    saved: int = 0
+
+
+class Tier:
+    """Copies blocks between an arena, uint8 [blocks, block bytes], and a store, for the sequences of one ledger.
+
+    Blocks of full attention are all saved. Of a sliding window those are saved that are seen from a place where a
+    sequence stood: where it was admitted, and the last full block of each chunk. From there one can go on.
+
+    Blocks come back whole and before the step that uses them: a step computes all layers of its tokens, so the first
+    layer needs its bytes at once, and a copy takes a small part of what computing takes. What came back is in the
+    prefix tree like what was computed, so a plan finds it there; plans themselves know nothing of stores.
+    """
+
+    def __init__(self, store: BlockStore, ledger: KVLedger, arena: Tensor, root: bytes, identity: str = "") -> None:
+        """identity: what `root` was made of beside the policy and the layout; for whoever changes these."""
+        self.store = store
+        self.ledger = ledger
+        self.arena = arena
+        self.root = root
+        self.identity = identity
+        self._tracks: OrderedDict[int, Track] = OrderedDict()
+
+    @property
+    def room(self) -> int:
+        """How many blocks may come back before one step: of those that nobody holds, and at most half of the pool."""
+        return min(self.ledger.free_blocks, self.ledger.keeps.most_blocks)
+
+    def restore(self, sequences: Iterable[Sequence], room: int) -> int:
+        """Put into the tree what the store has of waiting sequences, in at most so many blocks; how many it took.
+
+        What came back cannot be evicted before the next `ledger.expire`, unless somebody who runs needs its room.
+        """
+        ledger, taken = self.ledger, 0
+        for sequence in sequences:
+            hit = ledger.match(sequence)
+            depth, most = len(hit.nodes), (room - taken) // len(ledger.layout.groups)
+            if hit.extensible and self._restore(sequence, depth, most) > depth:
+                taken += sum(map(len, ledger.hit_blocks(ledger.match(sequence).nodes)))
+        return taken
+
+    def save(self, scheduled: Iterable[tuple[Chunk, Sequence]]) -> None:
+        """Copy what these chunks have filled to the store. To be called before any of their blocks is released."""
+        for chunk, sequence in scheduled:
+            track, end = self._track(sequence), (chunk.start + chunk.length) // self.ledger.layout.block_size
+            if end > track.saved:
+                self._save(sequence, chunk.start // self.ledger.layout.block_size, end)
+                track.saved = end
+
+    def close(self) -> None:
+        self.store.close()
+
+    def _restore(self, sequence: Sequence, depth: int, most: int) -> int:
+        """Extend a sequence's hit of `depth` nodes by what the store has, to at most `most`; how long it then is."""
+        ledger, size = self.ledger, self.ledger.layout.block_size
+        reach = self._reach(sequence, depth, min(most, ledger.count_sharable(sequence)))
+        if reach == depth:
+            return depth
+        # The sequence is let in as if it had computed its blocks, and leaves again at once: they stay in the tree.
+        ledger.admit(sequence, depth * size)
+        ledger.grow(sequence, reach * size)
+        sequence.computed = reach * size
+        ledger.slide(sequence)
+        while depth < reach and self._read(sequence, depth):
+            depth += 1
+            self.store.counts.tokens_restored += size
+        sequence.computed = depth * size
+        ledger.publish(sequence)
+        ledger.keep(sequence, 0.0, (sequence.request.owner, f"\0restored {sequence.number}"))
+        ledger.release(sequence)
+        sequence.computed = 0
+        return depth
+
+    def _reach(self, sequence: Sequence, depth: int, most: int) -> int:
+        """Behind how many nodes the sequence could start, if it can start behind `depth` of them without the store."""
+        size, best = self.ledger.layout.block_size, depth
+        keys = self._keys(sequence, most)
+        runs = {group: depth for group, _ in self.ledger.windowed}
+        for reach in range(depth + 1, most + 1):
+            key = keys[reach - 1]
+            if any(name_block(key, group) not in self.store for group in self.ledger.full_groups):
+                break
+            usable = True
+            for group, window in self.ledger.windowed:
+                runs[group] = runs[group] + 1 if name_block(key, group) in self.store else 0
+                usable &= runs[group] >= reach - first_seen(reach * size, window) // size
+            best = reach if usable else best
+        return best
+
+    def _read(self, sequence: Sequence, position: int) -> bool:
+        """Read a node's blocks to where the sequence's tables say; False if the store no longer has all of them."""
+        key = self._keys(sequence, position + 1)[position]
+        for group, table in enumerate(sequence.tables):
+            if table[position] != ABSENT and not self._copy_back(name_block(key, group), table[position]):
+                return False
+        return True
+
+    def _copy_back(self, key: bytes, block: int) -> bool:
+        record = self._record(block)
+        found = self.store.read(key, record)
+        if found and self.arena.device.type != "cpu":
+            self.arena[block].copy_(torch.frombuffer(record, dtype=torch.uint8))
+        return found
+
+    def _save(self, sequence: Sequence, start: int, end: int) -> None:
+        """Save the sequence's blocks before `end`, and what windows see from there and from `start`, in blocks."""
+        keys, size = self._keys(sequence, end), self.ledger.layout.block_size
+        wanted = [(group, range(self._track(sequence).saved, end)) for group in self.ledger.full_groups]
+        for group, window in self.ledger.windowed:
+            wanted += [(group, range(first_seen(place * size, window) // size, place)) for place in (start, end)]
+        for group, positions in wanted:
+            for position in positions:
+                block, key = sequence.tables[group][position], name_block(keys[position], group)
+                if block != ABSENT and key not in self.store:
+                    self.store.put(key, self._record(block))
+        # A node goes before its parents: they are of use without it, and it is of none without them.
+        groups = range(len(sequence.tables))
+        self.store.touch(name_block(key, group) for key in reversed(keys[:end]) for group in groups)
+
+    def _record(self, block: int) -> memoryview:
+        """A block's bytes: the block itself on a CPU, a copy of it elsewhere."""
+        return self.arena[block].cpu().numpy().data
+
+    def _track(self, sequence: Sequence) -> Track:
+        track = self._tracks.setdefault(sequence.number, Track())
+        self._tracks.move_to_end(sequence.number)
+        if len(self._tracks) > MOST_TRACKS:
+            self._tracks.popitem(last=False)
+        return track
+
+    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+        """The keys of the sequence's first nodes, at least so many: each is a hash of its tokens and its parent's."""
+        keys, size = self._track(sequence).keys, self.ledger.layout.block_size
+        before = keys[-1] if keys else digest(self.root + sequence.request.owner.encode())
+        while len(keys) < count:
+            tokens = array("I", sequence.tokens[len(keys) * size : (len(keys) + 1) * size])
+            before = digest(before + tokens.tobytes())
+            keys.append(before)
+        return keys
+
+
+def digest(text: bytes) -> bytes:
+    return blake2b(text, digest_size=KEY_BYTES - GROUP_BYTES).digest()
+
+
+def name_block(key: bytes, group: int) -> bytes:
+    """The key of a node's block for one cache group."""
+    return key + group.to_bytes(GROUP_BYTES, "little")

@@ -1,0 +1,175 @@
+"""What every KV policy must keep to, whatever it does to keys and values. A new policy adds a line to EXAMPLES."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ragged import RaggedDriver
+from test_models import GEMMA, make_pair, make_text
+from tiny import make_tiny_model
+
+from headrace.cache.checks import check_ledger
+from headrace.cache.policies.base import KVShape
+from headrace.cache.policies.choice import POLICIES, make_policy
+from headrace.core import InputError, SamplingParams
+from headrace.kernels import choose_kernels
+from headrace.llm import LLM
+
+# By policy: settings that lose something on short texts, and settings that lose nothing.
+EXAMPLES = {
+    "plain": ("plain", "plain"),
+    "kivi": ("kivi(k=2, v=2)", "kivi(residual=4096)"),
+    "infllm": ("infllm(topk=1, init=1, local=1)", "infllm(topk=1000)"),
+    "shadowkv": ("shadowkv(rank=24, budget=32, outliers=1, local=8)", "shadowkv(budget=100000)"),
+    "streaming": ("streaming(keep=0.5)", "streaming(keep=100000)"),
+    "tova": ("tova(keep=0.5)", "tova(keep=100000)"),
+    "snapkv": ("snapkv(keep=0.5)", "snapkv(keep=100000)"),
+    "h2o": ("h2o(keep=0.5)", "h2o(keep=100000)"),
+    "scissorhands": ("scissorhands(keep=0.5)", "scissorhands(keep=100000)"),
+    "kvmerger": ("kvmerger(keep=0.5)", "kvmerger(keep=100000)"),
+    "minicache": ("minicache(start=2)", "minicache(start=4)"),
+    "bfp": ("bfp(v=2)", "bfp(residual=4096)"),
+    "random": ("random(keep=0.5)", "random(keep=100000)"),
+}
+LOSSY = {name: examples[0] for name, examples in EXAMPLES.items()}
+LOSSLESS = {name: examples[1] for name, examples in EXAMPLES.items()}
+# Groups of three query heads, heads of 64.
+CHANGES = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 4}
+LENGTHS = [3, 40, 96, 97, 130, 300]
+
+Answer = tuple[list[int], list[float]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("kv") / "model", **CHANGES)
+
+
+def make_prompts() -> list[list[int]]:
+    source = random.Random(3)
+    shared = [source.randrange(3, 300) for _ in range(70)]
+    prompts = [[source.randrange(3, 300) for _ in range(length)] for length in LENGTHS]
+    return prompts + [shared + prompt[:30] for prompt in prompts[1:4]]
+
+
+def open_model(folder: Path, kv: str, **settings: object) -> LLM:
+    return LLM(str(folder), kv=kv, precision="fp32", threads=2, **settings)  # type: ignore[arg-type]
+
+
+def answer(llm: LLM, prompts: list[list[int]], length: int = 40) -> list[Answer]:
+    params = SamplingParams(max_tokens=length, ignore_eos=True, logprobs=0)
+    outputs = [each.outputs[0] for each in llm.generate(prompts, params, progress=False)]  # type: ignore[arg-type]
+    return [(list(each.token_ids), [one.logprob for one in each.logprobs or []]) for each in outputs]
+
+
+def check_empty(llm: LLM) -> None:
+    """Nothing is held once nothing runs."""
+    ledger = llm.engine.state.ledger
+    check_ledger(ledger, [])
+    assert ledger.used_blocks == 0
+
+
+def test_every_policy_is_here() -> None:
+    assert EXAMPLES.keys() == POLICIES.keys()
+
+
+@pytest.fixture(scope="module")
+def plain_answers(folder: Path) -> Iterator[list[Answer]]:
+    with open_model(folder, "plain") as llm:
+        yield answer(llm, make_prompts())
+
+
+@pytest.mark.parametrize("kv", LOSSLESS.values(), ids=LOSSLESS)
+def test_lossless_settings_are_the_plain_cache_bit_for_bit(kv: str, folder: Path, plain_answers: list[Answer]) -> None:
+    with open_model(folder, kv) as llm:
+        assert answer(llm, make_prompts()) == plain_answers
+        check_empty(llm)
+
+
+@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+def test_an_answer_is_the_same_alone_and_in_any_batch_and_chunk(kv: str, folder: Path) -> None:
+    prompts = make_prompts()
+    with open_model(folder, kv) as llm:
+        together = answer(llm, prompts)
+        assert answer(llm, prompts[::-1])[::-1] == together
+        assert [answer(llm, [prompt])[0] for prompt in prompts] == together
+        check_empty(llm)
+    with open_model(folder, kv, step_tokens=48, max_sequences=4) as llm:
+        assert [tokens for tokens, _ in answer(llm, prompts)] == [tokens for tokens, _ in together]
+        check_empty(llm)
+
+
+@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+def test_an_answer_is_the_same_after_preemption(kv: str, folder: Path) -> None:
+    prompts = make_prompts()
+    with open_model(folder, kv) as llm:
+        expected = answer(llm, prompts, 150)
+        ledger = llm.engine.state.ledger
+        needed = ledger.blocks_for(max(LENGTHS) + 150, 64) * ledger.layout.block_bytes
+    with open_model(folder, kv, kv_cache_bytes=2 * needed, admission="aggressive", step_tokens=64) as llm:
+        tokens = [each for each, _ in answer(llm, prompts, 150)]
+        assert llm.engine.counters.preemptions > 0
+        check_empty(llm)
+    assert tokens == [each for each, _ in expected]
+
+
+@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+def test_bytes_are_those_of_real_buffers(kv: str, folder: Path) -> None:
+    with open_model(folder, kv) as llm:
+        cache = llm.engine.cache
+        assert cache.arena.nbytes == cache.num_blocks * cache.layout.block_bytes
+        for layer in cache.layers:
+            for part in (layer.keys, layer.values, layer.sealed, layer.bias, layer.mass):
+                if part is not None:
+                    assert cache.arena.data_ptr() <= part.data_ptr() < cache.arena.data_ptr() + cache.layout.block_bytes
+
+
+@pytest.mark.parametrize("kv", LOSSLESS.values(), ids=LOSSLESS)
+def test_sliding_windows_and_heads_of_256_are_served(kv: str) -> None:
+    changes = GEMMA | {"head_dim": 256, "num_attention_heads": 3, "num_key_value_heads": 1, "sliding_window": 40}
+    _, model = make_pair("Gemma3", changes, choose_kernels("auto", "cpu"))
+    tokens = make_text(200)
+    found = []
+    for policy in ("plain", kv):
+        driver = RaggedDriver(model, block_size=32, kv=policy)
+        number = driver.add(tokens)
+        pieces = []
+        for length in (70, 1, 58, 71):
+            pieces.append(driver.run({number: length})[number])
+            driver.slide(number)
+        found.append(torch.cat(pieces))
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+def test_a_layout_places_every_layer_in_blocks_that_are_large_enough(kv: str) -> None:
+    for windows in ((None,) * 30, (512, 512, 512, 512, 512, None) * 3):
+        layout = make_policy(kv).arrange(KVShape(windows, 3, 64, torch.bfloat16), 32)
+        for layer, window in enumerate(windows):
+            group = layout.groups[layout.place(layer).group]
+            assert group.layer_bytes >= 2 * 32 * 3 * 64 * 2 and not group.sealed
+            assert window is None or (group.window == window and layout.place_sealed(layer) is None)
+        assert max(len(group.layers) * group.layer_bytes for group in layout.groups) == layout.block_bytes
+
+
+@pytest.mark.parametrize(
+    ("kv", "said"),
+    [
+        ("kivy", "there is no policy 'kivy'; there are plain, kivi"),
+        ("kivi(bits=4)", "kivi has no parameter 'bits'; it has k, v, residual"),
+        ("kivi(k=3)", "k must be one of 2, 4, 8, got 3"),
+        ("kivi(k=print(1))", "k must be a number or a text in quotes"),
+        ("kivi(4)", "cannot be read"),
+        ("kivi(k=4", "cannot be read"),
+        ("__import__('os').system('true')", "cannot be read"),
+        ("snapkv(keep=-1)", "keep must be a number"),
+    ],
+)
+def test_a_wrong_expression_says_what_is_wrong(kv: str, said: str) -> None:
+    with pytest.raises(InputError) as failure:
+        make_policy(kv)
+    assert said in str(failure.value)

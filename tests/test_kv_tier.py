@@ -1,0 +1,251 @@
+"""Prefixes that come back from disk: less is computed, and every answer is the same, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import batch_rows, engine_options, run, without_times, write_lines
+from tiny import make_tiny_model
+
+from headrace import LLM, RequestOutput, SamplingParams
+from headrace.cache.checks import check_ledger
+from headrace.cache.policies.choice import POLICIES
+from headrace.core import InputError, Request
+from headrace.engine.loading import change_kv
+from headrace.job.run import run_job
+from headrace.meter.report import format_report
+from headrace.options import RunOptions, SamplingOptions
+
+PARAMS = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=3)
+KIVI = "kivi(k=4, v=2, residual=40)"
+
+
+def open_model(folder: Path, kv_dir: Path | None, **options: Any) -> LLM:
+    settings = {"precision": "fp32", "block_size": 32, "kv_cache_bytes": 8 << 20, "threads": 1} | options
+    return LLM(str(folder), kv_dir=None if kv_dir is None else str(kv_dir), **settings)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Layers that see all tokens, layers that do not, and a head size that can be sealed."""
+    folder = tmp_path_factory.mktemp("models")
+    windowed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 48}
+    return {
+        "plain": make_tiny_model(folder / "plain", head_dim=32),
+        "windowed": make_tiny_model(folder / "windowed", head_dim=32, **windowed),
+        "other": make_tiny_model(folder / "other", seed=1, head_dim=32),
+    }
+
+
+def make_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of up to 300 tokens, every other one with a shared beginning."""
+    source = random.Random(seed)
+    shared = [source.randrange(3, 300) for _ in range(130)]
+    own = [[source.randrange(3, 300) for _ in range(source.randrange(1, 170))] for _ in range(count)]
+    return [shared + each if index % 2 else each for index, each in enumerate(own)]
+
+
+def answers(outputs: list[RequestOutput]) -> list[Any]:
+    return [[(each.token_ids, each.logprobs) for each in output.outputs] for output in outputs]
+
+
+def restored(llm: LLM) -> int:
+    return llm.engine.counters.kv_store.tokens_restored
+
+
+@pytest.mark.parametrize(("model", "kv"), [("plain", "plain"), ("windowed", "plain"), ("plain", KIVI)])
+@pytest.mark.parametrize("second", [{}, {"step_tokens": 50}, {"kv_cache_bytes": 700 << 10}, {"kernels": "cpu"}])
+def test_a_second_run_restores_what_the_first_computed(
+    models: dict[str, Path], tmp_path: Path, model: str, kv: str, second: dict[str, Any]
+) -> None:
+    prompts = make_prompts(12)
+    with open_model(models[model], None, kv=kv) as alone:
+        expected = answers(alone.generate(prompts, PARAMS))
+    with open_model(models[model], tmp_path, kv=kv) as first:
+        assert answers(first.generate(prompts, PARAMS)) == expected
+        computed = first.engine.counters.computed_prompt_tokens
+        stored = first.engine.counters.kv_store.blocks_written
+        assert restored(first) == 0 < stored
+    with open_model(models[model], tmp_path, kv=kv, **second) as again:
+        assert answers(again.generate(prompts, PARAMS)) == expected
+        counters = again.engine.counters
+        assert counters.kv_store.blocks_written <= 0.1 * stored
+        assert restored(again) > 0 and counters.kv_store.blocks_refused == 0
+        assert counters.computed_prompt_tokens < (0.6 if second.get("kv_cache_bytes") else 0.3) * computed
+
+
+@pytest.mark.parametrize("kv", sorted(POLICIES))
+def test_policies_that_share_prefixes_restore_them_and_others_say_so(
+    models: dict[str, Path], tmp_path: Path, kv: str
+) -> None:
+    prompts = make_prompts(6)
+    with open_model(models["plain"], None, kv=kv) as alone:
+        expected = answers(alone.generate(prompts, PARAMS))
+        shares = alone.engine.cache.layout.shares_prefixes
+    if not shares:
+        with pytest.raises(InputError, match=f"with kv {kv} no prefixes are shared"):
+            open_model(models["plain"], tmp_path, kv=kv)
+        return
+    for again in (False, True):
+        with open_model(models["plain"], tmp_path, kv=kv) as llm:
+            assert answers(llm.generate(prompts, PARAMS)) == expected
+            assert (restored(llm) > 0) == again
+
+
+@pytest.mark.parametrize(("model", "kv"), [("plain", "plain"), ("windowed", "plain"), ("plain", KIVI)])
+def test_blocks_are_those_of_the_books_at_every_step(
+    models: dict[str, Path], tmp_path: Path, model: str, kv: str
+) -> None:
+    for seed in range(6):
+        source = random.Random(seed)
+        settings = {"step_tokens": source.choice([40, 200, 1024]), "max_sequences": source.choice([2, 8])}
+        memory = source.choice([500 << 10, 1 << 20, 8 << 20])
+        retain = source.choice([0, 100 << 10, 1 << 30])
+        options = settings | {"kv_cache_bytes": memory, "prefix_retain_bytes": retain, "kv": kv}
+        with open_model(models[model], tmp_path, **options) as llm:
+            for index, prompt in enumerate(make_prompts(10, seed // 2)):
+                program = f"program {index % 2}" if seed % 2 else ""
+                llm.engine.add(Request(str(index), tuple(prompt), PARAMS, program=program))
+            llm.engine.keep = lambda sequence: 0.01
+            while llm.engine.unfinished:
+                llm.engine.step()
+                check_ledger(llm.engine.state.ledger, llm.engine.state.running)
+            assert llm.engine.state.ledger.used_blocks == 0
+            assert restored(llm) > 0 or seed % 2 == 0
+
+
+def test_what_was_evicted_in_one_run_comes_back_in_it(models: dict[str, Path], tmp_path: Path) -> None:
+    first, second = make_prompts(2)[1], make_prompts(2, 5)[1]
+    with open_model(models["plain"], tmp_path, prefix_retain_bytes=0) as llm:
+        expected = answers(llm.generate([first, second], PARAMS))
+        assert answers(llm.generate([first, second], PARAMS)) == expected
+        sharable = sum((len(each) - 1) // 32 * 32 for each in (first, second))
+        assert restored(llm) == sharable == llm.engine.counters.cached_prompt_tokens
+
+
+def test_only_what_is_the_same_in_everything_is_found(models: dict[str, Path], tmp_path: Path) -> None:
+    prompts = make_prompts(4)
+    with open_model(models["plain"], tmp_path) as llm:
+        llm.generate(prompts, PARAMS)
+    for model, options in [
+        ("other", {}),
+        ("plain", {"kv": KIVI}),
+        ("plain", {"block_size": 16}),
+        ("plain", {"precision": "bf16"}),
+        ("plain", {"kernels": "reference"}),
+        ("plain", {"instruction_set": "portable"}),
+        ("plain", {"max_context": 512}),
+    ]:
+        with open_model(models[model], tmp_path, **options) as llm:
+            llm.generate(prompts, PARAMS)
+            assert restored(llm) == 0, (model, options)
+    with open_model(models["plain"], tmp_path, seed=3, step_tokens=77) as llm:
+        llm.generate(prompts, PARAMS)
+        assert restored(llm) > 0
+
+
+def test_a_cache_that_is_changed_goes_on_with_its_own_blocks(models: dict[str, Path], tmp_path: Path) -> None:
+    prompts = make_prompts(4)
+    with open_model(models["plain"], tmp_path) as llm:
+        expected, counts = answers(llm.generate(prompts, PARAMS)), llm.engine.counters.kv_store
+        written = counts.blocks_written
+        change_kv(llm.engine, replace(llm.options, kv=KIVI))
+        llm.generate(prompts, PARAMS)
+        assert counts.tokens_restored == 0 and counts.blocks_written > written
+        change_kv(llm.engine, llm.options)
+        assert answers(llm.generate(prompts, PARAMS)) == expected
+        assert restored(llm) == counts.tokens_restored > 0
+
+
+def test_nothing_crosses_between_owners(models: dict[str, Path], tmp_path: Path) -> None:
+    prompt = tuple(make_prompts(2)[1])
+    counts = []
+    for owner in ("first", "second", "", "first"):
+        with open_model(models["plain"], tmp_path) as llm:
+            llm.engine.add(Request("0", prompt, PARAMS, owner=owner))
+            while llm.engine.unfinished:
+                llm.engine.step()
+            counts.append(restored(llm))
+    assert counts == [0, 0, 0, (len(prompt) - 1) // 32 * 32]
+
+
+def test_a_damaged_block_is_computed_again(models: dict[str, Path], tmp_path: Path) -> None:
+    prompts = make_prompts(4)
+    with open_model(models["plain"], tmp_path) as llm:
+        expected = answers(llm.generate(prompts, PARAMS))
+    (path,) = tmp_path.glob("*.blocks")
+    damaged = bytearray(path.read_bytes())
+    for place in range(20_000, len(damaged), 100_000):
+        damaged[place] ^= 0x10
+    path.write_bytes(damaged)
+    refused = []
+    while not refused or refused[-1]:
+        with open_model(models["plain"], tmp_path) as llm:
+            assert answers(llm.generate(prompts, PARAMS)) == expected
+            assert restored(llm) > 0
+            refused.append(llm.engine.counters.kv_store.blocks_refused)
+    assert 0 < sum(refused) <= len(damaged) // 100_000 + 1
+
+
+def test_two_at_once_share_what_the_first_had_written(models: dict[str, Path], tmp_path: Path) -> None:
+    prompts = make_prompts(4)
+    with open_model(models["plain"], tmp_path) as first:
+        expected = answers(first.generate(prompts, PARAMS))
+        with open_model(models["plain"], tmp_path) as second:
+            assert answers(second.generate(prompts, PARAMS)) == expected
+            assert restored(second) > 0 and second.engine.counters.kv_store.blocks_written == 0
+
+
+def test_scores_need_every_token_and_take_nothing(models: dict[str, Path], tmp_path: Path) -> None:
+    prompts = make_prompts(4)
+    with open_model(models["plain"], tmp_path) as llm:
+        expected = [each.logprobs for each in llm.score(prompts)]
+    with open_model(models["plain"], tmp_path) as llm:
+        assert [each.logprobs for each in llm.score(prompts)] == expected
+        assert restored(llm) == 0
+
+
+def test_the_report_counts_what_came_back(tiny_model: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", batch_rows(6))
+    options = engine_options(tiny_model, kv_dir=str(tmp_path / "kv"), kv_dir_bytes=1 << 20)
+    reports = [
+        run_job(str(source), str(tmp_path / f"{name}.jsonl"), options, SamplingOptions(), RunOptions(quiet=True))
+        for name in ("first", "second")
+    ]
+    assert reports[0]["kv_store"]["tokens_restored"] == 0 < reports[1]["kv_store"]["tokens_restored"]
+    assert reports[1]["computed_prompt_tokens"] < reports[0]["computed_prompt_tokens"]
+    assert "tokens restored instead of computed" in format_report(reports[1])
+    assert "kv_store" not in run(tiny_model, source, tmp_path / "plain.jsonl")
+
+
+def test_what_a_killed_run_computed_is_found(tiny_model: Path, tmp_path: Path) -> None:
+    source, folder = write_lines(tmp_path / "in.jsonl", batch_rows(40)), tmp_path / "kv"
+    sampling, quiet = SamplingOptions(max_tokens=40), RunOptions(quiet=True)
+    settings = ["--model", str(tiny_model), "--precision", "fp32", "--block-size", "16", "--kv-cache-bytes", "4MiB"]
+    settings += ["--threads", "1", "--max-sequences", "2", "--max-tokens", "40", "--kv-dir", str(folder), "--quiet"]
+    output = tmp_path / "killed.jsonl"
+    child = subprocess.Popen([sys.executable, "-m", "headrace", "run", str(source), "-o", str(output), *settings])
+    while child.poll() is None and sum(path.stat().st_size for path in folder.glob("*.blocks")) < 20 * 8192:
+        time.sleep(0.002)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL and not output.exists()
+    for name, options in [("plain", {}), ("again", {"kv_dir": str(folder)})]:
+        engine = engine_options(tiny_model, **options)
+        report = run_job(str(source), str(tmp_path / f"{name}.jsonl"), engine, sampling, quiet)
+    assert without_times(tmp_path / "again.jsonl") == without_times(tmp_path / "plain.jsonl")
+    assert report["kv_store"]["tokens_restored"] > 0 and report["kv_store"]["blocks_refused"] == 0
+
+
+def test_a_folder_where_nothing_can_be_shared_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prefix_cache is off"):
+        open_model(models["plain"], tmp_path, prefix_cache=False)
+    with pytest.raises(InputError, match="holds no KV block"):
+        open_model(models["plain"], tmp_path, kv_dir_bytes=100)

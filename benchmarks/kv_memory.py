@@ -1,9 +1,9 @@
 """Memory that a job's KV cache really takes, by policy: what the process grew by beside what was counted.
 
-    python benchmarks/kv_memory.py --kv plain 'kivi(k=4, v=4)' 'kivi(k=2, v=2)' [--rows 96] [--tokens 3000]
+    python benchmarks/kv_memory.py --kv plain 'kivi(k=4, v=4)' 'kivi(k=2, v=2)' [--rows 24] [--tokens 3000]
 
 Each policy runs in a process of its own: a step of full size first, so that working memory is there; then all rows at
-once, random token ids, ten of each generated; growth is that of the resident set. Prints a Markdown table.
+once, random token ids, a hundred tokens of each generated so that none is done before the last has begun; growth is that of the resident set. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from headrace import LLM, SamplingParams
 from headrace.options import DEFAULT_MODEL
 
-OUTPUT = 10
+OUTPUT = 100
 
 
 def read_resident() -> int:
@@ -47,7 +47,7 @@ def run_policy(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kv", nargs="+", default=["plain"])
-    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=3000)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)

@@ -29,7 +29,13 @@ from matplotlib.figure import Figure
 from workloads import Row, make_rows
 
 HERE = Path(__file__).parent
-LONG = {"decode-600": (64, 600, 64), "decode-4000": (64, 4000, 16), "one": (1, 32, 256), "kv": (96, 200, 2800), "kv-32": (32, 200, 2800)}
+LONG = {
+    "decode-600": (64, 600, 64),
+    "decode-4000": (64, 4000, 16),
+    "one": (1, 32, 256),
+    "kv": (96, 200, 2800),
+    "kv-32": (32, 200, 2800),
+}
 
 
 def make_pile(kind: str) -> list[Row]:

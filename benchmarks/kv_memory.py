@@ -3,7 +3,8 @@
     python benchmarks/kv_memory.py --kv plain 'kivi(k=4, v=4)' 'kivi(k=2, v=2)' [--rows 24] [--tokens 3000]
 
 Each policy runs in a process of its own: a step of full size first, so that working memory is there; then all rows at
-once, random token ids, a hundred tokens of each generated so that none is done before the last has begun; growth is that of the resident set. Prints a Markdown table.
+once, random token ids, a hundred tokens of each generated so that none is done before the last has begun; growth is
+that of the resident set. Prints a Markdown table.
 """
 
 from __future__ import annotations

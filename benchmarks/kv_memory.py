@@ -1,10 +1,10 @@
-"""Memory that a job's KV cache really takes, by policy: what the process grew by beside what was counted.
+"""Memory that a job's KV cache really takes, by policy: pages of its arena, and what the process grew by.
 
-    python benchmarks/kv_memory.py --kv plain 'kivi(k=4, v=4)' 'kivi(k=2, v=2)' [--rows 24] [--tokens 3000]
+    python benchmarks/kv_memory.py --kv plain 'kivi(k=4, v=4)' 'kivi(k=2, v=2)' [--rows 96] [--tokens 3000]
 
 Each policy runs in a process of its own: a step of full size first, so that working memory is there; then all rows at
-once, random token ids, a hundred tokens of each generated so that none is done before the last has begun; growth is
-that of the resident set. Prints a Markdown table.
+once, random token ids, so many tokens of each generated that none is done before the last has begun. Pages are those of
+/proc/self/smaps: Linux only. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -14,18 +14,31 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from torch import Tensor
 
 from headrace import LLM, SamplingParams
 from headrace.options import DEFAULT_MODEL
 
-OUTPUT = 100
+
+def read_mappings() -> Iterator[tuple[int, int, int]]:
+    """This process's mappings: first and last address, and bytes that are in memory."""
+    first = last = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            first, last = (int(address, 16) for address in name.split("-"))
+        elif name == "Rss:":
+            yield first, last, int(rest[0]) * 1024
 
 
-def read_resident() -> int:
-    """Bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+def read_resident(arena: Tensor) -> tuple[int, int]:
+    """Bytes in memory: of the mappings that hold the arena, and of the whole process."""
+    begin, end, mappings = arena.data_ptr(), arena.data_ptr() + arena.nbytes, list(read_mappings())
+    own = sum(size for first, last, size in mappings if first < end and last > begin)
+    return own, sum(size for _, _, size in mappings)
 
 
 def run_policy(arguments: argparse.Namespace) -> None:
@@ -36,19 +49,24 @@ def run_policy(arguments: argparse.Namespace) -> None:
         def make_prompt(length: int) -> list[int]:
             return [source.randrange(100, llm.engine.model.config.vocab_size) for _ in range(length)]
 
-        params = SamplingParams(max_tokens=OUTPUT, ignore_eos=True)
+        # Each step computes some of the prompts: by then the first rows must not have ended.
+        steps = -(-arguments.rows * arguments.tokens // llm.options.step_tokens)
+        output = min(arguments.tokens // 2, steps + 20)
+        params = SamplingParams(max_tokens=output, ignore_eos=True)
         llm.generate([make_prompt(2 * llm.options.step_tokens)], params, progress=False)
-        counters = llm.engine.counters
-        before, counted_before = read_resident(), counters.kv_peak_bytes
-        llm.generate([make_prompt(arguments.tokens - OUTPUT) for _ in range(arguments.rows)], params, progress=False)
-        grown, counted = read_resident() - before, counters.kv_peak_bytes
-        print(json.dumps({"grown": grown, "counted": counted - counted_before, "peak": counted}))
+        arena = llm.engine.cache.arena
+        _, before = read_resident(arena)
+        prompts = [make_prompt(arguments.tokens - output) for _ in range(arguments.rows)]
+        llm.generate(prompts, params, progress=False)
+        own, after = read_resident(arena)
+        counted = llm.engine.counters.kv_peak_bytes
+        print(json.dumps({"counted": counted, "arena": own, "grown": after - before}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kv", nargs="+", default=["plain"])
-    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=3000)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -56,18 +74,15 @@ def main() -> None:
     if arguments.alone:
         return run_policy(arguments)
     print(f"{arguments.rows} rows of {arguments.tokens} tokens, all at once, MiB\n")
-    print(
-        "| policy | KV counted at its peak | bytes a token | process grew by | counted meanwhile | ratio |\n"
-        + "|---" * 6
-        + "|"
-    )
+    print("| policy | KV counted at its peak | bytes a token | pages of the arena | ratio | process grew by |")
+    print("|---" * 6 + "|")
     for kv in arguments.kv:
         sizes = ["--rows", str(arguments.rows), "--tokens", str(arguments.tokens), "--model", arguments.model]
         command = [sys.executable, __file__, "--alone", "--kv", kv, *sizes]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        grown, counted, peak = (found[name] / 2**20 for name in ("grown", "counted", "peak"))
-        each = found["peak"] / arguments.rows / arguments.tokens
-        print(f"| {kv} | {peak:.0f} | {each:.0f} | {grown:.0f} | {counted:.0f} | {grown / counted:.3f} |", flush=True)
+        counted, arena, grown = (found[name] / 2**20 for name in ("counted", "arena", "grown"))
+        each = found["counted"] / arguments.rows / arguments.tokens
+        print(f"| {kv} | {counted:.0f} | {each:.0f} | {arena:.0f} | {arena / counted:.3f} | {grown:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

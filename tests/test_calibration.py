@@ -150,7 +150,7 @@ def test_a_job_does_not_go_on_with_other_weights(
     keep(checkpoint, CpuKernels(), describe_rounding("rounding", GRAMS, 64, "new"))
     capsys.readouterr()
     assert main(command) == 2
-    assert "weights was null and is" in capsys.readouterr().err
+    assert "weights was not set and is" in capsys.readouterr().err
 
 
 def test_rounding_finds_the_grid_on_which_the_real_models_weights_lie(smollm2_path: Path) -> None:

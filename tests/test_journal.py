@@ -89,8 +89,8 @@ def test_another_job_is_refused_naming_what_differs(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         open_journal(path, old | {"max_tokens": 32, "prompt": "x" * 99, "new": True}, fresh=False)
     message = str(caught.value)
-    assert "max_tokens was 64 and is 32; prompt was null and is " in message
-    assert "... (101 characters); new was null and is true. Use the old settings to go on" in message
+    assert "max_tokens was 64 and is 32; prompt was not set and is " in message
+    assert "... (101 characters); new was not set and is true. Use the old settings to go on" in message
     assert "input" not in message and "model" not in message and "\n" not in message
     journal = open_journal(path, {"max_tokens": 32}, fresh=True)
     assert journal.totals().rows == 0 and journal.read_meta("fingerprint") == {"max_tokens": 32}

@@ -118,14 +118,45 @@ def test_an_answer_is_the_same_after_preemption(kv: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
-def test_bytes_are_those_of_real_buffers(kv: str, folder: Path) -> None:
+def test_parts_of_a_block_lie_within_it_and_apart(kv: str, folder: Path) -> None:
     with open_model(folder, kv) as llm:
-        cache = llm.engine.cache
-        assert cache.arena.nbytes == cache.num_blocks * cache.layout.block_bytes
+        cache, taken = llm.engine.cache, {}
+        begin = cache.arena.data_ptr()
         for layer in cache.layers:
-            for part in (layer.keys, layer.values, layer.sealed, layer.bias, layer.mass):
-                if part is not None:
-                    assert cache.arena.data_ptr() <= part.data_ptr() < cache.arena.data_ptr() + cache.layout.block_bytes
+            exact = [layer.keys, layer.values, layer.bias, layer.mass, layer.extra]
+            for group, parts in ((layer.group, exact), (layer.sealed_group, [layer.sealed])):
+                for part in parts:
+                    if part is not None:
+                        start = part.data_ptr() - begin
+                        taken.setdefault(group, []).append((start, start + part[0].numel() * part.itemsize))
+        assert taken.keys() == set(range(len(cache.layout.groups)))
+        for ranges in taken.values():
+            ends = [0, *(end for _, end in sorted(ranges))]
+            assert all(start >= before for (start, _), before in zip(sorted(ranges), ends, strict=False))
+            assert ends[-1] <= cache.layout.block_bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="pages are read from /proc/self/smaps")
+@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+def test_the_arena_takes_no_more_memory_than_is_counted(kv: str, folder: Path) -> None:
+    with open_model(folder, kv, prefix_retain_bytes=0) as llm:
+        answer(llm, make_prompts())
+        resident, counted = read_resident(llm.engine.cache.arena), llm.engine.counters.kv_peak_bytes
+    # What is begun counts whole; the arena's first and last page may lie half outside.
+    assert 0.5 * counted < resident <= 1.03 * counted + 2 * 4096
+
+
+def read_resident(arena: torch.Tensor) -> int:
+    """Bytes in memory of the mappings that hold the arena."""
+    begin, end, found, within = arena.data_ptr(), arena.data_ptr() + arena.nbytes, 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            first, last = (int(address, 16) for address in name.split("-"))
+            within = first < end and last > begin
+        elif within and name == "Rss:":
+            found += int(rest[0]) * 1024
+    return found
 
 
 @pytest.mark.parametrize("kv", LOSSLESS.values(), ids=LOSSLESS)
@@ -147,13 +178,22 @@ def test_sliding_windows_and_heads_of_256_are_served(kv: str) -> None:
 
 @pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
 def test_a_layout_places_every_layer_in_blocks_that_are_large_enough(kv: str) -> None:
-    for windows in ((None,) * 30, (512, 512, 512, 512, 512, None) * 3):
+    for windows in ((None,) * 30, (512, 512, 512, 512, None, None) * 3):
         layout = make_policy(kv).arrange(KVShape(windows, 3, 64, torch.bfloat16), 32)
         for layer, window in enumerate(windows):
             group = layout.groups[layout.place(layer).group]
             assert group.layer_bytes >= 2 * 32 * 3 * 64 * 2 and not group.sealed
             assert window is None or (group.window == window and layout.place_sealed(layer) is None)
         assert max(len(group.layers) * group.layer_bytes for group in layout.groups) == layout.block_bytes
+
+
+def test_what_would_change_nothing_is_refused() -> None:
+    shape = KVShape((512, 512, 512, 512, 512, None) * 3, 1, 256, torch.bfloat16)
+    with pytest.raises(InputError, match="from layer 9 of 18 on, no two neighbouring layers"):
+        make_policy("minicache").arrange(shape, 32)
+    for kv in ("kivi", "snapkv"):
+        with pytest.raises(InputError, match="every layer of this model has a sliding window"):
+            make_policy(kv).arrange(KVShape((512,) * 4, 1, 256, torch.bfloat16), 32)
 
 
 @pytest.mark.parametrize(

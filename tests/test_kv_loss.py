@@ -275,10 +275,19 @@ def test_what_cannot_be_asked_is_refused(
     assert not (tmp_path / "out.jsonl.journal").exists()
 
 
+@pytest.mark.parametrize("kv", ["kivy", "kivi(k=5)", "infllm(blocks=0)", "snapkv + h2o"])
+def test_a_cache_that_cannot_be_had_leaves_no_journal_in_the_way(kv: str, folder: Path, tmp_path: Path) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", make_rows([SHORT])), tmp_path / "out.jsonl"
+    with pytest.raises(InputError):
+        run(folder, source, output, {"kv": kv})
+    assert run(folder, source, output, {"kv": "kivi(k=4, v=4)"})["requests"] == 1
+    assert run(folder, source, output, {"kv": " kivi( k=4,v=4 ) "})["requests"] == 1, "spaces make no other job"
+
+
 def test_another_cache_is_another_job(folder: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", make_rows([LONG] * 4))
     run(folder, source, tmp_path / "out.jsonl", {"kv": CANDIDATES[0]})
-    with pytest.raises(InputError, match=r'kv was "kivi.*" and is null'):
+    with pytest.raises(InputError, match=r'kv was "kivi.*" and is not set'):
         run(folder, source, tmp_path / "out.jsonl")
     with pytest.raises(InputError, match="block_size was 32 and is 64"):
         run(folder, source, tmp_path / "out.jsonl", {"kv": CANDIDATES[0], "block_size": 64})

@@ -327,7 +327,7 @@ def test_other_settings_do_not_mix_into_a_batch(tiny_model: Path, tmp_path: Path
     with open_client(tmp_path, tiny_model, seed=5) as client:
         batch = watch(client, name)
         assert batch["status"] == "failed" and batch["errors"]["data"][0]["code"] == "settings_changed"
-        assert "seed was null and is 5" in batch["errors"]["data"][0]["message"]
+        assert "seed was not set and is 5" in batch["errors"]["data"][0]["message"]
         output, errors = outcome(client, batch)
     assert output and len(output) + len(errors) == 3000
 

@@ -96,9 +96,16 @@ class CacheLayout:
         return self.block_bytes * whole / self.block_size
 
     @property
-    def sealed_token_bytes(self) -> float | None:
-        """Bytes of one token in one layer's sealed blocks; None where nothing is sealed."""
-        return next((group.layer_bytes / self.block_size for group in self.groups if group.sealed), None)
+    def older_token_bytes(self) -> float | None:
+        """Bytes of one older token in a layer that sees all tokens, the mean of such layers; None if there are none."""
+        whole = [group for group in self.groups if group.window is None]
+        layers = sum(len(group.layers) for group in whole)
+        total = sum(len(group.layers) * group.layer_bytes for group in whole)
+        return total / layers / self.block_size if layers else None
+
+    def count_blocks(self, tokens: int) -> int:
+        """Blocks that a text of so many tokens never takes more than."""
+        return len(self.groups) * -(-tokens // self.block_size)
 
     def place(self, layer: int) -> Place:
         """Where the layer's exact blocks are. Raises ValueError for a layer that is not there."""

@@ -45,15 +45,11 @@ class Engine:
         meter: Meter | None = None,
     ) -> None:
         self.model = model
-        self.cache = cache
-        self.state = state
         self.schedule = schedule
         self.seed = seed
         self.meter = meter or Meter(model.shape, None, Stopwatch())
-        self.counters = Counters(
-            kv_bytes_per_token=round(cache.layout.bytes_per_token),
-            kv_budget_bytes=cache.num_blocks * cache.layout.block_bytes,
-        )
+        self.counters = Counters()
+        self._take(cache, state)
         self.compiler = ConstraintCompiler(tokenizer, model.config.vocab_size)
         # For how many seconds the KV of a program stays for its next turn, once this one has ended.
         self.keep: Callable[[Sequence], float] = keep_nothing
@@ -143,16 +139,20 @@ class Engine:
         if self._requests:
             raise ValueError(f"the cache of an engine with {len(self._requests)} unfinished requests cannot be changed")
         state.lengths = self.state.lengths
-        self.cache, self.state = cache, state
-        self.counters.kv_bytes_per_token = round(cache.layout.bytes_per_token)
-        self.counters.kv_budget_bytes = cache.num_blocks * cache.layout.block_bytes
-        self.meter.shape = replace(self.model.shape, sealed_bytes=cache.layout.sealed_token_bytes)
+        self._take(cache, state)
 
     def close(self) -> None:
         """Let go of files. Nothing can be computed after it."""
         self.meter.close()
         if self.cache.tier is not None:
             self.cache.tier.close()
+
+    def _take(self, cache: PagedCache, state: SchedulerState) -> None:
+        """Compute over this cache, and count by it."""
+        self.cache, self.state = cache, state
+        self.counters.kv_bytes_per_token = round(cache.layout.bytes_per_token)
+        self.counters.kv_budget_bytes = cache.num_blocks * cache.layout.block_bytes
+        self.meter.shape = replace(self.model.shape, older_bytes=cache.layout.older_token_bytes)
 
     def _check(self, request: Request) -> None:
         vocabulary, length = self.model.config.vocab_size, len(request.prompt_token_ids)

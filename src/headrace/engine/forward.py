@@ -13,10 +13,10 @@ from headrace.cache.policies.base import KVPolicy
 from headrace.cache.policies.plain import Plain
 from headrace.core import Chunk, Request, SamplingParams, Sequence
 from headrace.engine.batch import build_batch
+from headrace.engine.caching import open_cache
 from headrace.model import Model
 from headrace.options import EngineOptions
 from headrace.schedule.apply import advance, apply, finish
-from headrace.schedule.state import SchedulerState
 from headrace.schedule.step import plan_step
 
 
@@ -48,11 +48,10 @@ class AnswerReader:
 
     def __init__(self, model: Model, policy: KVPolicy, options: EngineOptions, tokens: int) -> None:
         """options: block_size and step_tokens count. Raises InputError where the policy cannot serve the model."""
-        blocks = len(policy.arrange(model.kv_shape, options.block_size).groups) * -(-tokens // options.block_size)
+        blocks = policy.arrange(model.kv_shape, options.block_size).count_blocks(tokens)
         self.model = model
-        self.cache = PagedCache(model.kv_shape, policy, options.block_size, blocks, str(model.embedding.device))
         # Every token of an answer is to be read: none may come from an equal text.
-        self.state = SchedulerState.create(self.cache.layout, blocks, replace(options, prefix_cache=False))
+        self.cache, self.state = open_cache(model, policy, replace(options, prefix_cache=False), blocks)
         self._read = 0
 
     @torch.inference_mode()

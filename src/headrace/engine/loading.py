@@ -8,17 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headrace.cache.layout import CacheLayout
 from headrace.cache.paged import PagedCache
-from headrace.cache.policies.base import KVPolicy, KVShape, Remembering
-from headrace.cache.policies.choice import make_policy
+from headrace.cache.policies.base import KVPolicy
+from headrace.cache.policies.choice import make_policy, spell_policy
 from headrace.cache.store import BlockStore
 from headrace.cache.tier import Tier
 from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.checkpoint.hashes import cache_folder
 from headrace.core import InputError
+from headrace.engine.caching import open_cache
 from headrace.engine.engine import Engine
-from headrace.engine.memory import read_available_bytes
 from headrace.engine.precision import choose_precision
 from headrace.engine.tuned import apply_tuned
 from headrace.kernels import choose_kernels
@@ -87,11 +86,12 @@ class Choice:
 
 def choose(options: EngineOptions, checkpoint: Checkpoint) -> Choice:
     """Raises InputError for settings that cannot work here."""
+    policy = make_policy(options.kv)
+    options = replace(options, kv=spell_policy(options.kv))
     kernels = choose_kernels(options.kernels, options.device, options.instruction_set)
     precision, why = choose_precision(options, kernels.instruction_set, checkpoint.hash())
     machine = describe_machine(kernels.instruction_set)
     options = apply_tuned(options, checkpoint.hash(), machine, precision)
-    policy = make_policy(options.kv)
     choice = Choice(options, kernels, precision, why, options.threads or count_cores(), policy)
     if options.step_seconds is None:
         return choice
@@ -120,15 +120,10 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     )
     kernels.set_threads(threads)
     model = load_model(checkpoint, kernels, settings)
-    num_blocks, _ = size_cache(model.kv_shape, choice.policy, options)
-    cache = PagedCache(model.kv_shape, choice.policy, options.block_size, num_blocks, options.device)
+    cache, state = open_cache(model, choice.policy, options)
     context = model.config.context_length
-    state = SchedulerState.create(cache.layout, cache.num_blocks, options, context)
-    if isinstance(choice.policy, Remembering):
-        state.ledger.on_release = choice.policy.release
     tokenizer = checkpoint.tokenizer()
-    shape = replace(model.shape, sealed_bytes=cache.layout.sealed_token_bytes)
-    meter = Meter(shape, load_peaks(choice.machine, threads), watch)
+    meter = Meter(model.shape, load_peaks(choice.machine, threads), watch)
     engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule](), options.seed, meter)
     if options.kv_dir is not None:
         cache.tier = open_tier(options, cache, state, identify(choice, checkpoint, model.note, context))
@@ -146,10 +141,7 @@ def change_kv(engine: Engine, options: EngineOptions) -> None:
 
     Raises InputError for a policy that cannot serve the model.
     """
-    policy = make_policy(options.kv)
-    num_blocks, _ = size_cache(engine.model.kv_shape, policy, options)
-    cache = PagedCache(engine.model.kv_shape, policy, options.block_size, num_blocks, options.device)
-    state = SchedulerState.create(cache.layout, num_blocks, options, engine.context_length)
+    cache, state = open_cache(engine.model, make_policy(options.kv), options)
     tier = engine.cache.tier
     if tier is not None:
         tier.close()
@@ -191,15 +183,3 @@ def open_tier(options: EngineOptions, cache: PagedCache, state: SchedulerState, 
     folder = Path(options.kv_dir or "").expanduser()
     store = BlockStore(folder, root.hexdigest()[:32], layout.block_bytes, options.kv_dir_bytes)
     return Tier(store, state.ledger, cache.arena, root.digest(), identity)
-
-
-def size_cache(shape: KVShape, policy: KVPolicy, options: EngineOptions) -> tuple[int, CacheLayout]:
-    """Blocks that the KV budget holds, and their layout. Raises InputError if it holds none."""
-    layout = policy.arrange(shape, options.block_size)
-    budget = options.kv_cache_bytes or int(read_available_bytes() * options.kv_memory_share)
-    num_blocks = budget // layout.block_bytes
-    if num_blocks < 1:
-        raise InputError(
-            f"kv_cache_bytes of {budget} holds no KV block: one block of this model takes {layout.block_bytes} bytes"
-        )
-    return num_blocks, layout

@@ -19,16 +19,15 @@ from headrace.cache.policies.choice import FULL
 from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.core import Constraint, InputError, RowError, SamplingParams
 from headrace.engine.loading import describe_weights
-from headrace.engine.precision import choose_precision
 from headrace.job.drafts import Drafter, default_params
 from headrace.job.journal import Journal, open_journal
 from headrace.job.openai import BatchDrafter
 from headrace.job.results import ResultFormat
 from headrace.job.sources import Source, find_kind, hash_file, looks_like_batch, open_source, sniff_kind
 from headrace.job.table import TableDrafter, compile_template, constrain, fill_template, read_constraint, read_template
-from headrace.kernels import choose_kernels
 from headrace.meter.report import list_versions
 from headrace.options import EngineOptions, RunOptions, SamplingOptions
+from headrace.plan.site import open_site
 
 STDIN = "-"
 # The packages that decide what a row is answered; the others only read, write and show.
@@ -225,15 +224,16 @@ def check_fit(ask: Ask, source: Source, batch: bool) -> None:
 def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """Every setting that can change a result, by name. Threads, memory and schedule cannot, and are left out.
 
-    Raises InputError where the precision or the kernels asked for cannot be had.
+    Raises InputError for settings that cannot work here, ModelError for a model that is not supported: before a journal
+    is written, for one with settings that never worked would stand in the way of those that do.
     """
     tokenizer = checkpoint.tokenizer()
     vocabulary = f"{tokenizer.backend.to_str()}\0{tokenizer.chat_template}\0{sorted(tokenizer.eos_token_ids)}"
     engine, run = ask.engine, ask.run
+    choice = open_site(engine, checkpoint).choice
     # The full cache's results do not depend on the size of its blocks, those of others do.
-    lossy = engine.kv != FULL or ask.kv_loss is not None
-    kernels = choose_kernels(engine.kernels, engine.device, engine.instruction_set)
-    precision = choose_precision(engine, kernels.instruction_set, checkpoint.hash())[0]
+    lossy = choice.options.kv != FULL or ask.kv_loss is not None
+    kernels, precision = choice.kernels, choice.precision
     facts = {
         "input": input_hash,
         "model": checkpoint.hash(),
@@ -244,7 +244,7 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
         "kernels": kernels.name,
         "instruction_set": kernels.instruction_set,
         "device": engine.device,
-        "kv": None if engine.kv == FULL else engine.kv,
+        "kv": None if choice.options.kv == FULL else choice.options.kv,
         "kv_loss": ask.kv_loss,
         "block_size": engine.block_size if lossy else None,
         "seed": engine.seed,

@@ -174,5 +174,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def shorten(value: object) -> str:
+    if value is None:
+        return "not set"
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from headrace.cache.paged import PagedCache
 from headrace.cache.policies.choice import FULL, make_policy
 from headrace.core import Request, RowError
+from headrace.engine.caching import open_cache
 from headrace.engine.engine import Engine
 from headrace.engine.forward import AnswerReader
 from headrace.llm import LLM
-from headrace.schedule.state import SchedulerState
 
 # Most tokens of an answer that are compared.
 ANSWER_TOKENS = 64
@@ -120,11 +119,8 @@ def open_full_engine(llm: LLM, requests: Rows[Request]) -> Engine:
     model, options = llm.engine.model, replace(llm.options, kv=FULL)
     policy = make_policy(FULL)
     layout = policy.arrange(model.kv_shape, options.block_size)
-    lengths = [len(request.prompt_token_ids) + ANSWER_TOKENS for request in requests]
-    blocks = len(layout.groups) * sum(-(-length // options.block_size) for length in lengths)
-    blocks = min(blocks, llm.resolved["kv_cache_bytes"] // layout.block_bytes)
-    cache = PagedCache(model.kv_shape, policy, options.block_size, blocks, options.device)
-    state = SchedulerState.create(layout, blocks, options, llm.context_length)
+    blocks = sum(layout.count_blocks(len(request.prompt_token_ids) + ANSWER_TOKENS) for request in requests)
+    cache, state = open_cache(model, policy, options, min(blocks, llm.resolved["kv_cache_bytes"] // layout.block_bytes))
     engine = Engine(model, llm.tokenizer, cache, state, llm.engine.schedule)
     engine.compiler = llm.engine.compiler
     return engine

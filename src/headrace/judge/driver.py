@@ -14,11 +14,12 @@ from torch import Tensor
 
 from headrace.cache.layout import CacheLayout
 from headrace.cache.ledger import KVLedger
-from headrace.cache.paged import PagedCache
-from headrace.cache.policies.base import KVPolicy, Remembering
+from headrace.cache.policies.base import KVPolicy
 from headrace.core import Chunk, Request, SamplingParams, Sequence
 from headrace.engine.batch import build_batch
+from headrace.engine.caching import open_cache
 from headrace.model import Model
+from headrace.options import EngineOptions
 from headrace.schedule.pieces import count_shrinking
 
 # Tokens of all texts that are worth computing side by side.
@@ -32,13 +33,10 @@ class CacheDriver:
     """A cache made for a policy, with room for so many `sequences` of so many `tokens`, and who holds which blocks."""
 
     def __init__(self, model: Model, policy: KVPolicy, block_size: int, sequences: int, tokens: int) -> None:
-        layout = policy.arrange(model.kv_shape, block_size)
-        blocks = sequences * count_most(layout, tokens)
+        blocks = sequences * policy.arrange(model.kv_shape, block_size).count_blocks(tokens)
         self.model = model
-        self.cache = PagedCache(model.kv_shape, policy, block_size, blocks, str(model.embedding.device))
-        self.ledger = open_ledger(layout, blocks)
-        if isinstance(policy, Remembering):
-            self.ledger.on_release = policy.release
+        self.cache, state = open_cache(model, policy, EngineOptions(block_size=block_size, prefix_cache=False), blocks)
+        self.ledger = state.ledger
         self._started = 0
 
     @property
@@ -86,11 +84,6 @@ class CacheDriver:
         self.ledger.release(sequence)
 
 
-def open_ledger(layout: CacheLayout, blocks: int) -> KVLedger:
-    """A ledger that shares nothing between sequences."""
-    return KVLedger(layout, blocks, prefix_cache=False)
-
-
 def open_sequence(ledger: KVLedger, prompt: Rows[int], number: int) -> Sequence:
     sequence = Sequence(Request(str(number), tuple(prompt), SamplingParams()), 0, number, [])
     ledger.admit(sequence, 0)
@@ -111,8 +104,3 @@ def settle(ledger: KVLedger, chunk: Chunk, sequence: Sequence, exactly: bool = F
     blocks = count_shrinking(chunk, sequence, ledger.layout)
     if blocks:
         ledger.shrink(sequence, blocks)
-
-
-def count_most(layout: CacheLayout, tokens: int) -> int:
-    """Blocks that a text of so many tokens never takes more than."""
-    return len(layout.groups) * -(-tokens // layout.block_size)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
-from headrace.cache.paged import PagedCache
 from headrace.cache.policies.choice import make_policy
 from headrace.checkpoint import Tokenizer
 from headrace.core import Request, SamplingParams
+from headrace.engine.caching import open_cache
 from headrace.engine.engine import Engine
-from headrace.engine.loading import size_cache
 from headrace.model import Model
 from headrace.options import EngineOptions
 from headrace.schedule.choice import SCHEDULES
-from headrace.schedule.state import SchedulerState
 
 
 def measure_job(
@@ -24,11 +21,7 @@ def measure_job(
 
     Raises RowError for a prompt that this memory does not hold.
     """
-    options = replace(options, kv=kv)
-    policy = make_policy(kv)
-    blocks, layout = size_cache(model.kv_shape, policy, options)
-    cache = PagedCache(model.kv_shape, policy, options.block_size, blocks, options.device)
-    state = SchedulerState.create(layout, blocks, options, model.config.context_length)
+    cache, state = open_cache(model, make_policy(kv), options)
     engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule]())
     params = SamplingParams(max_tokens=outputs, ignore_eos=True)
     began = time.perf_counter()

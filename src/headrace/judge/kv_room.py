@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.cache.layout import CacheLayout
+from headrace.cache.ledger import KVLedger
 from headrace.core import Chunk
-from headrace.judge.driver import count_most, cut_chunk, open_ledger, open_sequence, settle
+from headrace.judge.driver import cut_chunk, open_sequence, settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Room:
 
 def find_room(layout: CacheLayout, context: int, tail: int, chunk: int) -> Room:
     """Walk a text of context + tail tokens through a ledger: its context in chunks, then a token a step."""
-    ledger = open_ledger(layout, count_most(layout, context + tail))
+    ledger = KVLedger(layout, layout.count_blocks(context + tail), prefix_cache=False)
     sequence = open_sequence(ledger, [0] * context, 0)
 
     def compute(length: int) -> int:

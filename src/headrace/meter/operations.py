@@ -32,8 +32,8 @@ class Product:
 class ModelShape:
     """What counting needs of a model. item_bytes is one activation's or cache entry's; format that of attention.
 
-    sealed_bytes are those of one older token's key and value in a layer that sees all tokens, where older ones are kept
-    in another form than they were computed in.
+    older_bytes are those of one older token's key and value in a layer that sees all tokens, as the cache keeps it;
+    None for as it was computed.
     """
 
     products: tuple[Product, ...]
@@ -44,7 +44,7 @@ class ModelShape:
     windows: tuple[int | None, ...]
     item_bytes: int
     format: str
-    sealed_bytes: float | None = None
+    older_bytes: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def count_attention(shape: ModelShape, pieces: Iterable[Piece]) -> Cost:
         for window, layers in kinds.items():
             seen = count_seen(piece.start, piece.length, window)
             before = piece.start - piece.shared if window is None else min(piece.start, window - 1)
-            older = entry if window is not None or shape.sealed_bytes is None else shape.sealed_bytes
+            older = entry if window is not None or shape.older_bytes is None else shape.older_bytes
             cost.operations += 4.0 * layers * shape.heads * shape.head_size * seen
             cost.bytes += layers * (older * before + (2 * entry + query) * piece.length)
     return cost

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.checkpoint import Checkpoint
-from headrace.engine.loading import Choice, choose, size_cache
+from headrace.engine.caching import size_cache
+from headrace.engine.loading import Choice, choose
 from headrace.meter.step_time import StepTime, describe_setting, load_step_time
 from headrace.model import describe_kv
 from headrace.model.loading import limit_context, read_config

@@ -57,6 +57,11 @@ def make_policy(expression: str) -> KVPolicy:
     return build(parsed, expression)
 
 
+def spell_policy(expression: str) -> str:
+    """An expression that can be read, always spelled alike: with the same spaces, whatever the user's."""
+    return ast.unparse(ast.parse(expression.strip(), mode="eval"))
+
+
 def build(node: ast.expr, expression: str) -> KVPolicy:
     """Raises InputError, naming what is wrong and what there is."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):

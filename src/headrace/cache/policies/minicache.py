@@ -77,7 +77,15 @@ class MiniCache:
 
     def arrange(self, shape: KVShape, block_size: int) -> CacheLayout:
         heads, size, form = shape.kv_heads, shape.head_size, self._rounding
-        self._peers = find_peers(shape.windows, self.start)
+        layers = len(shape.windows)
+        start = layers // 2 if self.start is None else self.start
+        self._peers = find_peers(shape.windows, start)
+        # Who asks for a start behind all pairs asks for the full cache.
+        if not self._peers and (self.start is None or start + 1 < layers):
+            raise InputError(
+                f"from layer {start} of {layers} on, no two neighbouring layers see all tokens: kv minicache has "
+                "nothing to merge; an earlier start may find some"
+            )
         sealed = dict.fromkeys(self._peers, self._form(block_size, heads * size, shape.dtype).nbytes)
         if form is not None:
             if block_size % UNIT or size % UNIT:
@@ -140,11 +148,11 @@ class MiniCache:
         return PairForm(tokens, width, dtype, count_kept(self.keep, tokens), bits)
 
 
-def find_peers(windows: Sequence[int | None], start: int | None) -> dict[int, int]:
-    """The other layer of each layer's pair. Pairs begin at `start`, the middle for None; neighbours that see all tokens
-    make one, whatever is left over stays alone."""
+def find_peers(windows: Sequence[int | None], start: int) -> dict[int, int]:
+    """The other layer of each layer's pair. Pairs begin at `start`; neighbours that see all tokens make one, what is
+    left over stays alone."""
     peers: dict[int, int] = {}
-    layer = len(windows) // 2 if start is None else start
+    layer = start
     while layer + 1 < len(windows):
         if windows[layer] is None and windows[layer + 1] is None:
             peers |= {layer: layer + 1, layer + 1: layer}

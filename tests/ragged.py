@@ -58,7 +58,7 @@ class RaggedDriver:
         for group, table in zip(self.cache.layout.groups, sequence.tables, strict=True):
             if group.window is None:
                 continue
-            for place in range(max(0, sequence.computed - group.window + 1) // size):
+            for place in range(group.first // size, max(0, sequence.computed - group.window + 1) // size):
                 if table[place] >= 0:
                     # All bits set are not a number in either dtype.
                     self.cache.arena[table[place]] = 255

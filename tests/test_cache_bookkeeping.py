@@ -22,8 +22,11 @@ def make_sequence(number: int, tokens: list[int], **more: str) -> Sequence:
     return Sequence(Request(str(number), tuple(tokens), SamplingParams(), **more), 0, number, list(tokens))
 
 
-def make_ledger(windows: list[int | None], num_blocks: int, prefix_cache: bool = True) -> KVLedger:
-    return KVLedger(CacheLayout.from_windows(windows, 4), num_blocks, prefix_cache)
+def make_ledger(windows: list[int | None], num_blocks: int, prefix_cache: bool = True, first: int = 0) -> KVLedger:
+    """first: so many tokens at the start stay in groups with a window."""
+    layout = CacheLayout.from_windows(windows, 4)
+    groups = tuple(replace(each, first=first if each.window else 0) for each in layout.groups)
+    return KVLedger(replace(layout, groups=groups), num_blocks, prefix_cache)
 
 
 def start(ledger: KVLedger, sequence: Sequence) -> int:
@@ -148,20 +151,21 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize("windows", [[None], [7], [4, 4, 9, 9, None, None], [2, None]])
 @pytest.mark.parametrize("chunk", [1, 3, 10])
-def test_blocks_for_is_what_a_sequence_holds_at_most(windows: list[int | None], chunk: int) -> None:
+@pytest.mark.parametrize("first", [0, 8])
+def test_blocks_for_is_what_a_sequence_holds_at_most(windows: list[int | None], chunk: int, first: int) -> None:
     most = 0
     for length in range(1, 40):
-        ledger = make_ledger(windows, 200, prefix_cache=False)
+        ledger = make_ledger(windows, 200, prefix_cache=False, first=first)
         sequence = make_sequence(1, list(range(length)))
         start(ledger, sequence)
         while sequence.computed < length:
             step = min(chunk, length - sequence.computed)
             ledger.grow(sequence, sequence.computed + step)
             most = max(most, ledger.used_blocks)
-            assert ledger.used_blocks <= ledger.blocks_for(length, chunk)
+            assert ledger.used_blocks <= ledger.layout.blocks_for(length, chunk)
             compute(ledger, sequence, step)
     if chunk == 1:
-        assert most == ledger.blocks_for(39)
+        assert most == ledger.layout.blocks_for(39)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -174,10 +178,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.running: list[Sequence] = []
         self.number = 0
 
-    @rule(layout=st.sampled_from([[None], [5, None], [3, 9], [None, None, 6, 6]]))
+    @rule(layout=st.sampled_from([[None], [5, None], [3, 9], [None, None, 6, 6]]), first=st.sampled_from([0, 4, 8]))
     @precondition(lambda self: not self.running)
-    def begin_anew(self, layout: list[int | None]) -> None:
-        self.ledger = make_ledger(layout, 24)
+    def begin_anew(self, layout: list[int | None], first: int) -> None:
+        self.ledger = make_ledger(layout, 24, first=first)
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=16))
     def admit(self, tokens: list[int]) -> None:
@@ -202,6 +206,21 @@ class LedgerMachine(RuleBasedStateMachine):
             self.running.remove(sequence)
         elif length:
             compute(self.ledger, sequence, length)
+
+    @rule(index=st.integers(0, 9), length=st.integers(1, 9), back=st.integers(1, 9))
+    @precondition(lambda self: self.running)
+    def draft(self, index: int, length: int, back: int) -> None:
+        sequence = self.running[index % len(self.running)]
+        before, groups = sequence.computed, len(self.ledger.layout.groups)
+        if (length // 4 + 1) * groups > self.ledger.free_blocks:
+            return
+        self.ledger.grow(sequence, before + length)
+        sequence.computed += length
+        self.ledger.truncate(sequence, max(before, sequence.computed - back))
+        if before:
+            with pytest.raises(ValueError, match="cannot go back"):
+                self.ledger.truncate(sequence, self.ledger.holdings[sequence.number].published * 4 - 1)
+        self.ledger.truncate(sequence, before)
 
     @rule(index=st.integers(0, 9))
     @precondition(lambda self: self.running)

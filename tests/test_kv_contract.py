@@ -15,7 +15,9 @@ from tiny import make_tiny_model
 from headrace.cache.checks import check_ledger
 from headrace.cache.policies.base import KVShape
 from headrace.cache.policies.choice import POLICIES, make_policy
-from headrace.core import InputError, SamplingParams
+from headrace.core import Chunk, InputError, SamplingParams, Sequence
+from headrace.engine.batch import build_batch
+from headrace.judge.driver import CacheDriver
 from headrace.kernels import choose_kernels
 from headrace.llm import LLM
 
@@ -35,8 +37,13 @@ EXAMPLES = {
     "bfp": ("bfp(v=2)", "bfp(residual=4096)"),
     "random": ("random(keep=0.5)", "random(keep=100000)"),
 }
-LOSSY = {name: examples[0] for name, examples in EXAMPLES.items()}
-LOSSLESS = {name: examples[1] for name, examples in EXAMPLES.items()}
+LOSSY = {name: examples[0] for name, examples in EXAMPLES.items()} | {
+    "first": "kivi(k=2, v=2, first=50)",
+    "sealed": "scissorhands(keep=0.5) + kivi(k=4, v=4)",
+}
+LOSSLESS = {name: examples[1] for name, examples in EXAMPLES.items()} | {
+    "sealed": "snapkv(keep=100000) + kivi(residual=4096)",
+}
 # Groups of three query heads, heads of 64.
 CHANGES = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 4}
 LENGTHS = [3, 40, 96, 97, 130, 300]
@@ -109,12 +116,40 @@ def test_an_answer_is_the_same_after_preemption(kv: str, folder: Path) -> None:
     with open_model(folder, kv) as llm:
         expected = answer(llm, prompts, 150)
         ledger = llm.engine.state.ledger
-        needed = ledger.blocks_for(max(LENGTHS) + 150, 64) * ledger.layout.block_bytes
+        needed = ledger.layout.blocks_for(max(LENGTHS) + 150, 64, max(LENGTHS)) * ledger.layout.block_bytes
     with open_model(folder, kv, kv_cache_bytes=2 * needed, admission="aggressive", step_tokens=64) as llm:
         tokens = [each for each, _ in answer(llm, prompts, 150)]
         assert llm.engine.counters.preemptions > 0
         check_empty(llm)
     assert tokens == [each for each, _ in expected]
+
+
+@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+def test_what_was_taken_back_leaves_no_trace(kv: str, folder: Path) -> None:
+    source = random.Random(5)
+    prompt, output, wrong = ([source.randrange(3, 300) for _ in range(count)] for count in (130, 90, 40))
+    with open_model(folder, kv) as llm:
+        driver = CacheDriver(llm.engine.model, make_policy(kv), 32, 2, 400)
+        straight, drafting = driver.start(prompt), driver.start(prompt)
+        for sequence in (straight, drafting):
+            driver.read(sequence)
+        for place, token in enumerate(output):
+            if place % 20 == 0:
+                draft(driver, drafting, wrong[: 7 + place % 33])
+            assert torch.equal(driver.feed([(straight, [token])]), driver.feed([(drafting, [token])]))
+
+
+def draft(driver: CacheDriver, sequence: Sequence, tokens: list[int]) -> None:
+    """Compute tokens that are refused then."""
+    before = sequence.computed
+    sequence.tokens.extend(tokens)
+    driver.ledger.grow(sequence, len(sequence.tokens))
+    batch = build_batch([(Chunk(sequence.number, before, len(tokens)), sequence)], driver.cache.layout, "cpu")
+    with torch.inference_mode():
+        driver.model.forward(batch, driver.cache)
+    sequence.computed += len(tokens)
+    driver.ledger.truncate(sequence, before)
+    del sequence.tokens[-len(tokens) :]
 
 
 @pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
@@ -200,7 +235,7 @@ def test_what_would_change_nothing_is_refused() -> None:
     ("kv", "said"),
     [
         ("kivy", "there is no policy 'kivy'; there are plain, kivi"),
-        ("kivi(bits=4)", "kivi has no parameter 'bits'; it has k, v, residual"),
+        ("kivi(bits=4)", "kivi has no parameter 'bits'; it has k, v, residual, first"),
         ("kivi(k=3)", "k must be one of 2, 4, 8, got 3"),
         ("kivi(k=print(1))", "k must be a number or a text in quotes"),
         ("kivi(4)", "cannot be read"),

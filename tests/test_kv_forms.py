@@ -376,7 +376,9 @@ def test_chunks_of_pairs_are_no_longer_than_the_residual(folder: Path, model: Mo
         ("kivi+minicache", "only kivi can stand after a +"),
         ("bfp+kivi", "both policies would write the same sealed blocks"),
         ("minicache+bfp", "only kivi can stand after a +"),
-        ("snapkv(keep=0.25)+kivi(k=4)", "moves or reads tokens head by head"),
+        ("infllm+kivi(k=4)", "reads tokens head by head"),
+        ("kvmerger+kivi(k=4)", "adds a number to each score"),
+        ("minicache+kivi(first=32)", "only where it stands alone"),
         ("kivi-minicache", "cannot be read"),
     ],
 )

@@ -314,7 +314,7 @@ def test_rows_answer_the_same_in_any_batch_and_after_preemption(
         together = answer(llm, prompts)
         assert [answer(llm, [prompt])[0] for prompt in reversed(prompts)] == together[::-1]
         ledger = llm.engine.state.ledger
-        room = (ledger.blocks_for(260) + 4) * ledger.layout.block_bytes
+        room = (ledger.layout.blocks_for(260) + 4) * ledger.layout.block_bytes
     with open_model(
         folder, kind, kv_cache_bytes=room, admission="aggressive", step_tokens=40, max_sequences=8
     ) as crowded:

@@ -26,6 +26,8 @@ from headrace.options import RunOptions, SamplingOptions
 
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=3)
 KIVI = "kivi(k=4, v=2, residual=40)"
+# Not a multiple of the block size: the first two blocks stay exact.
+FIRST = "kivi(k=4, v=4, first=40)"
 
 
 def open_model(folder: Path, kv_dir: Path | None, **options: Any) -> LLM:
@@ -61,7 +63,9 @@ def restored(llm: LLM) -> int:
     return llm.engine.counters.kv_store.tokens_restored
 
 
-@pytest.mark.parametrize(("model", "kv"), [("plain", "plain"), ("windowed", "plain"), ("plain", KIVI)])
+@pytest.mark.parametrize(
+    ("model", "kv"), [("plain", "plain"), ("windowed", "plain"), ("plain", KIVI), ("plain", FIRST)]
+)
 @pytest.mark.parametrize("second", [{}, {"step_tokens": 50}, {"kv_cache_bytes": 700 << 10}, {"kernels": "cpu"}])
 def test_a_second_run_restores_what_the_first_computed(
     models: dict[str, Path], tmp_path: Path, model: str, kv: str, second: dict[str, Any]
@@ -101,7 +105,9 @@ def test_policies_that_share_prefixes_restore_them_and_others_say_so(
             assert (restored(llm) > 0) == again
 
 
-@pytest.mark.parametrize(("model", "kv"), [("plain", "plain"), ("windowed", "plain"), ("plain", KIVI)])
+@pytest.mark.parametrize(
+    ("model", "kv"), [("plain", "plain"), ("windowed", "plain"), ("plain", KIVI), ("plain", FIRST)]
+)
 def test_blocks_are_those_of_the_books_at_every_step(
     models: dict[str, Path], tmp_path: Path, model: str, kv: str
 ) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from headrace.cache.layout import CacheLayout
 from headrace.cache.prefix import ABSENT, Node, PrefixTree
 
 
-def make_tree(windows: list[int | None]) -> PrefixTree:
-    return PrefixTree(CacheLayout.from_windows(windows, 4))
+def make_tree(windows: list[int | None], first: int = 0) -> PrefixTree:
+    layout = CacheLayout.from_windows(windows, 4)
+    groups = tuple(replace(each, first=first if each.window else 0) for each in layout.groups)
+    return PrefixTree(replace(layout, groups=groups))
 
 
 def fill(tree: PrefixTree, tokens: list[int], first_block: int = 0, owner: str = "") -> list[Node]:
@@ -71,6 +75,18 @@ def test_a_window_needs_only_the_blocks_that_the_next_query_sees(lost: set[int],
         assert tree.forget(nodes[depth].blocks[1]) == [depth * 2 + 1]
     tree.check()
     assert len(tree.match(tokens, 6).nodes) == usable
+
+
+@pytest.mark.parametrize(
+    ("lost", "usable"), [(set(), 6), ({2}, 6), ({2, 3}, 6), ({5}, 5), ({1}, 1), ({0}, 0), ({1, 4}, 1), ({3, 5}, 3)]
+)
+def test_first_tokens_are_needed_beside_what_a_window_sees(lost: set[int], usable: int) -> None:
+    """The same with 8 first tokens: blocks 0 and 1 are seen from everywhere."""
+    tree = make_tree([None, 6], first=8)
+    nodes = fill(tree, list(range(25)))
+    for depth in lost:
+        tree.forget(nodes[depth].blocks[1])
+    assert len(tree.match(list(range(25)), 6).nodes) == usable
 
 
 def test_a_full_attention_block_takes_its_node_with_it() -> None:

@@ -59,7 +59,7 @@ def open_pile(pile: dict[str, Any]) -> Driver:
     probe = make_state(pile["windows"], 1, pile["block_size"]).ledger
     for request in pile["requests"]:
         request["most"] = request["length"] + (0 if request["exact"] else request["slack"])
-    fits = max(probe.blocks_for(len(each["prompt"]) + each["most"]) for each in pile["requests"])
+    fits = max(probe.layout.blocks_for(len(each["prompt"]) + each["most"]) for each in pile["requests"])
     state = make_state(pile["windows"], fits + pile["spare_blocks"], pile["block_size"], **options)
     state.limits = replace(state.limits, short_prefill=pile["short_prefill"])
     driver = Driver(state, vocabulary=2, schedule=SCHEDULES[pile["schedule"]](), keep_seconds=pile["keep_seconds"])
@@ -142,7 +142,7 @@ def test_any_pile_finishes_within_its_budgets_and_leaks_nothing(pile: dict[str, 
 @pytest.mark.parametrize("windows", WINDOWS)
 def test_certain_lengths_never_need_preemption(windows: list[int | None]) -> None:
     """The outlook is an upper bound: with lengths known, admission alone keeps the budget, and does use the pool."""
-    alone = make_state(windows, 1, 4).ledger.blocks_for(62, 64)
+    alone = make_state(windows, 1, 4).ledger.layout.blocks_for(62, 64)
     state = make_state(windows, 3 * alone, 4, step_tokens=64, max_sequences=40)
     driver, most = Driver(state), 0
     for index in range(80):

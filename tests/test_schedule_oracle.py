@@ -55,7 +55,7 @@ def add_request(
     length = draw.randrange(1, 30)
     most = max(length, draw.choice([length, 20, 30]))
     score = draw.random() < 0.1
-    while ledger.blocks_for(len(prompt) + most) > ledger.num_blocks:
+    while ledger.layout.blocks_for(len(prompt) + most) > ledger.num_blocks:
         prompt, most, length = prompt[: len(prompt) // 2 + 1], max(1, most // 2), max(1, length // 2)
     exact = draw.random() < 0.2
     length = most if exact else length

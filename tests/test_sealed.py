@@ -100,12 +100,13 @@ def test_what_was_sealed_comes_back_within_half_a_step(form: SealedForm) -> None
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS, ids=NAMES)
-def test_attention_over_sealed_blocks(form: SealedForm, dtype: torch.dtype, instruction_set: str) -> None:
+@pytest.mark.parametrize("first", [0, 1, 6])
+def test_attention_over_sealed_blocks(form: SealedForm, dtype: torch.dtype, instruction_set: str, first: int) -> None:
     fast = CpuKernels(instruction_set)
     for (heads, kv_heads, head, size), residual in (((9, 3, 64, 32), 32), ((4, 1, 256, 64), 100), ((2, 2, 32, 32), 1)):
         batch = make_batch(MIXED, size)
         cache = make_cache(int(batch.block_tables[0].max()) + 1, kv_heads, head, size, dtype, form)
-        cache = replace(cache, residual=residual)
+        cache = replace(cache, residual=residual, first=first * size)
         queries = torch.randn(len(batch.positions), heads, head).to(dtype)
         spec = AttentionSpec(head**-0.5)
         assert_close(fast.attention(queries, cache, batch, spec), PLAIN.attention(queries, cache, batch, spec))
@@ -132,10 +133,12 @@ def test_what_lies_before_the_beginning_is_not_read(sealed: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("first", [0, 32, 160])
+def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(dtype: torch.dtype, first: int) -> None:
     fast, size = CpuKernels(), 32
     batch = make_batch([(333, 333), (45, 45)], size)
     cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, size, dtype, SealedForm(4, 2))
+    cache = replace(cache, first=first)
     queries = torch.randn(378, 9, 64).to(dtype)
     whole = fast.attention(queries, cache, batch, AttentionSpec(0.125))
     for start, length in [(place, 1) for place in range(0, 333, 7)] + [(0, 50), (50, 283), (3, 31), (63, 130)]:
@@ -153,13 +156,18 @@ def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("first", [0, 32, 160])
+def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(dtype: torch.dtype, first: int) -> None:
     fast, count = CpuKernels(), 21
     lengths = [(300 + 37 * (number % 5), 1) for number in range(count)]
     batch = make_batch(lengths, 32)
     for row in range(count):
         batch.block_tables[1][row, : 4 + row % 4] = torch.arange(4 + row % 4).int()
+        # Some have the exact blocks of the first tokens in common too, some have equal ones of their own.
+        if row % 3:
+            batch.block_tables[0][row, :5] = torch.arange(5).int()
     cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, 32, dtype, SealedForm(4, 4))
+    cache = replace(cache, first=first)
     queries = torch.randn(count, 9, 64).to(dtype)
     together = fast.attention(queries, cache, batch, AttentionSpec(0.125))
     for row in range(count):

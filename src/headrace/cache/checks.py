@@ -24,6 +24,10 @@ def check_ledger(ledger: KVLedger, sequences: Iterable[Sequence]) -> None:
     promised = Counter(holding.promise for holding in ledger.holdings.values() if holding.promise is not None)
     _require(dict(promised) == ledger.tree.promises, "promises are not those of the running sequences")
     for number, sequence in running.items():
+        for each in ledger.sliding:
+            table = sequence.tables[each.group]
+            seen = each.list_seen(sequence.computed, len(table))
+            _require(all(table[place] != ABSENT for place in seen), f"sequence {number} has lost a block that it sees")
         own = [block for group in ledger.full_groups for block in sequence.tables[group] if block != ABSENT]
         private = sum(held[block] == 1 for block in own)
         _require(ledger.holdings[number].private == private, f"sequence {number}: wrong number of private blocks")

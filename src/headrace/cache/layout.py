@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class CacheGroup:
-    """Layers that share one block table: they see the same tokens. window is None where they see all of them.
+    """Layers that share one block table: they see the same tokens. window is None where they see all of them; where
+    there is one, the first `first` tokens, in whole blocks, are seen from everywhere all the same, and with
+    `keeps_prompts` all of a prompt is until it is complete.
 
     A block has `layer_bytes` for each layer, either exact keys and values or, `sealed`, those of a policy's own form. A
     layer whose older tokens are sealed is in two groups: a sealed one, and an exact one whose window is the tokens that
@@ -21,6 +23,34 @@ class CacheGroup:
     window: int | None = None
     layer_bytes: int = 1
     sealed: bool = False
+    first: int = 0
+    keeps_prompts: bool = False
+
+
+class SlidingGroup(NamedTuple):
+    """A cache group with a window, its tokens counted in blocks: a query sees the first `first` ones, and those from
+    its window on; with `keeps_prompts` a prompt's queries see all."""
+
+    group: int
+    window: int
+    first: int
+    keeps_prompts: bool
+    block_size: int
+
+    def find_start(self, position: int) -> int:
+        """The first block that a query at this position sees through the window."""
+        return max(0, position - self.window + 1) // self.block_size
+
+    def list_seen(self, position: int, end: int) -> list[int]:
+        """The blocks before `end` that a query at this position sees."""
+        start = self.find_start(position)
+        return [*range(min(self.first, start)), *range(start, end)]
+
+    def count_most(self, length: int, chunk: int, prompt: int) -> int:
+        """Most blocks that are held until `length` tokens are computed, `chunk` at a time: a step sees window + chunk
+        - 1 tokens through the window. prompt: tokens of one that is not complete yet, else 0."""
+        chunk = max(chunk, prompt) if self.keeps_prompts else chunk
+        return min(-(-length // self.block_size), (self.window + chunk - 3) // self.block_size + 2 + self.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +115,16 @@ class CacheLayout:
         return cls(block_size, tuple(groups))
 
     @property
+    def sliding(self) -> list[SlidingGroup]:
+        """The groups with a window, in order."""
+        size = self.block_size
+        return [
+            SlidingGroup(index, each.window, each.first // size, each.keeps_prompts, size)
+            for index, each in enumerate(self.groups)
+            if each.window is not None
+        ]
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block: what the largest group needs for block_size tokens of its layers."""
         return max(len(group.layers) * group.layer_bytes for group in self.groups)
@@ -102,6 +142,16 @@ class CacheLayout:
         layers = sum(len(group.layers) for group in whole)
         total = sum(len(group.layers) * group.layer_bytes for group in whole)
         return total / layers / self.block_size if layers else None
+
+    def blocks_for(self, length: int, chunk: int = 1, prompt: int = 0) -> int:
+        """Most blocks, over all groups, that a sequence with a prompt of so many tokens holds until `length` tokens are
+        computed, `chunk` at a time."""
+        full = -(-length // self.block_size) * sum(group.window is None for group in self.groups)
+        return full + self.window_blocks(length, chunk, prompt)
+
+    def window_blocks(self, length: int, chunk: int, prompt: int) -> int:
+        """The share of `blocks_for` that sliding-window groups have; prompt: 0 once it is complete."""
+        return sum(each.count_most(length, chunk, prompt) for each in self.sliding)
 
     def count_blocks(self, tokens: int) -> int:
         """Blocks that a text of so many tokens never takes more than."""

@@ -21,7 +21,7 @@ class Holding:
 
     Its first `published` blocks are in the tree, the last of them at `node`. `private` counts its blocks of
     full-attention groups that nobody else holds. `promise` is the key of the block that it is about to compute.
-    Blocks before `slid`, by sliding-window group, are released.
+    Blocks before `slid`, by sliding-window group, are released but for those that stay seen.
     """
 
     node: Node
@@ -49,7 +49,7 @@ class KVLedger:
         self.prefix_cache = prefix_cache and layout.shares_prefixes
         self.retain_blocks = num_blocks if retain_blocks is None else retain_blocks
         self.full_groups = [index for index, group in enumerate(layout.groups) if group.window is None]
-        self.windowed = [(index, group.window) for index, group in enumerate(layout.groups) if group.window is not None]
+        self.sliding = layout.sliding
         self.holdings: dict[int, Holding] = {}
         self.shared = 0
         # Told the number of a sequence that has lost its blocks, by whoever keeps more of it elsewhere.
@@ -71,16 +71,6 @@ class KVLedger:
         """Blocks that running sequences hold."""
         return self.pool.num_blocks - self.pool.available
 
-    def blocks_for(self, length: int, chunk: int = 1) -> int:
-        """Most blocks, over all groups, that a sequence holds until `length` tokens are computed, `chunk` at a time."""
-        full = -(-length // self.layout.block_size) * len(self.full_groups)
-        return full + self.window_blocks(length, chunk)
-
-    def window_blocks(self, length: int, chunk: int) -> int:
-        """The share of `blocks_for` that sliding-window groups have: a step sees window + chunk - 1 tokens at most."""
-        size = self.layout.block_size
-        return sum(min(-(-length // size), (window + chunk - 3) // size + 2) for _, window in self.windowed)
-
     def match(self, sequence: Sequence) -> Hit:
         """What the tree has of a waiting sequence's owner; at least one token is left to compute.
 
@@ -100,9 +90,7 @@ class KVLedger:
         size, depth = self.layout.block_size, len(nodes)
         full = [node.blocks[group] for node in nodes for group in self.full_groups]
         seen = [
-            node.blocks[group]
-            for group, window in self.windowed
-            for node in nodes[first_seen(depth * size, window) // size :]
+            nodes[place].blocks[each.group] for each in self.sliding for place in each.list_seen(depth * size, depth)
         ]
         return full, seen
 
@@ -122,12 +110,12 @@ class KVLedger:
                 f"sequence {sequence.number}: {cached} cached tokens were planned, {len(nodes) * size} found"
             )
         node = nodes[-1] if nodes else self.tree.root
-        slid = [first_seen(cached, window) // size for _, window in self.windowed]
+        slid = [each.find_start(cached) for each in self.sliding]
         holding = self.holdings[sequence.number] = Holding(node, len(nodes), slid)
         self.tree.pin(node)
         tables = [[each.blocks[group] for each in nodes] for group in range(len(self.layout.groups))]
-        for (group, _), first in zip(self.windowed, slid, strict=True):
-            tables[group][:first] = [ABSENT] * first
+        for each, start in zip(self.sliding, slid, strict=True):
+            tables[each.group][each.first : start] = [ABSENT] * max(0, start - each.first)
         for group, table in enumerate(tables):
             for block in table:
                 if block != ABSENT:
@@ -169,16 +157,18 @@ class KVLedger:
 
     def slide(self, sequence: Sequence) -> None:
         """Release the blocks of sliding-window groups that no later query of the sequence can see."""
-        if not self.windowed:
+        if not self.sliding:
             return
         slid = self.holdings[sequence.number].slid
-        for index, (group, window) in enumerate(self.windowed):
-            first = first_seen(sequence.computed, window) // self.layout.block_size
-            table = sequence.tables[group]
-            for position in range(slid[index], first):
-                self._drop(table[position], group, sequence.number)
+        complete = sequence.computed >= sequence.prompt_length
+        for index, each in enumerate(self.sliding):
+            if each.keeps_prompts and not complete:
+                continue
+            start, table = each.find_start(sequence.computed), sequence.tables[each.group]
+            for position in range(max(slid[index], each.first), start):
+                self._drop(table[position], each.group, sequence.number)
                 table[position] = ABSENT
-            slid[index] = max(slid[index], first)
+            slid[index] = max(slid[index], start)
         self._trim()
 
     def shrink(self, sequence: Sequence, blocks: int) -> None:
@@ -189,6 +179,19 @@ class KVLedger:
                 self._drop(table[position], group, sequence.number)
                 table[position] = ABSENT
         sequence.dropped = blocks
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Take back what was computed after the first `length` tokens, such as a draft that is refused; the tokens
+        themselves are the caller's. To be called before anything is published or slides away: else raises ValueError.
+        """
+        size, holding = self.layout.block_size, self.holdings[sequence.number]
+        slid = any(each.find_start(length) < start for each, start in zip(self.sliding, holding.slid, strict=True))
+        if slid or length < max(holding.published * size, sequence.prompt_length if sequence.dropped else 0):
+            raise ValueError(f"sequence {sequence.number} cannot go back to {length} tokens")
+        for group, table in enumerate(sequence.tables):
+            while len(table) > -(-length // size):
+                self._drop(table.pop(), group, sequence.number)
+        sequence.computed = length
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from a sequence, the last first: so a parent in the tree is never older than its children."""
@@ -288,11 +291,6 @@ class KVLedger:
             elif holders == 1:
                 self.holdings[self._holders[block]].private += 1
                 self.shared -= 1
-
-
-def first_seen(position: int, window: int) -> int:
-    """The first token that a query at this position sees through a sliding window."""
-    return max(0, position - window + 1)
 
 
 def ignore(number: int) -> None:

@@ -69,7 +69,12 @@ class PagedCache:
         apart = 1 if self.policy.form is None else heads
         part = self._part(sealed.layer * each, each).view(-1, apart, each // apart)
         return replace(
-            cache, sealed=part, form=self.policy.form, sealed_group=sealed.group, residual=self.policy.residual
+            cache,
+            sealed=part,
+            form=self.policy.form,
+            sealed_group=sealed.group,
+            residual=self.policy.residual,
+            first=self.layout.groups[place.group].first,
         )
 
     def _part(self, start: int, length: int) -> Tensor:

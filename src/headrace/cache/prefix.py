@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
-from headrace.cache.layout import CacheLayout
+from headrace.cache.layout import CacheLayout, SlidingGroup
 
 ABSENT = -1
 
@@ -52,6 +52,24 @@ class Hit(NamedTuple):
     promised: bool = False
 
 
+class Run:
+    """What a query sees of a sliding group, found in one pass over the group's blocks: the first ones must all be
+    there, and an unbroken run up to the query."""
+
+    def __init__(self, group: SlidingGroup, depth: int = 0) -> None:
+        """depth: so many blocks are known to suffice for a query behind them."""
+        self.group = group
+        self.depth = self._length = depth
+        self._headed = True
+
+    def extend(self, there: bool, position: int) -> bool:
+        """One more block, there or not; whether a query at the position behind it has all that it sees."""
+        self.depth += 1
+        self._length = self._length + 1 if there else 0
+        self._headed &= there or self.depth > self.group.first
+        return self._headed and self._length >= self.depth - self.group.find_start(position)
+
+
 class PrefixTree:
     """Nodes by content: a child is found by its label, compared in full, never by a hash alone.
 
@@ -66,15 +84,13 @@ class PrefixTree:
         self.root = Node(None, (), len(layout.groups))
         self.places: dict[int, tuple[Node, int]] = {}
         self.promises: dict[BlockKey, int] = {}
-        self._windowed = [
-            (index, group.window) for index, group in enumerate(layout.groups) if group.window is not None
-        ]
+        self._sliding = layout.sliding
 
     def match(self, tokens: Rows[int], limit: int, owner: str = "") -> Hit:
         """The longest usable prefix of an owner's `tokens` in at most `limit` whole blocks. Changes nothing.
 
-        Usable is a prefix whose every node has the blocks of all full-attention groups, and whose last nodes have
-        those blocks of sliding-window groups that the next query can still see.
+        Usable is a prefix whose every node has the blocks of all full-attention groups, and whose nodes have those
+        blocks of sliding-window groups that the next query can still see.
         """
         node, nodes = self.root, []
         for depth in range(limit):
@@ -83,7 +99,7 @@ class PrefixTree:
                 break
             nodes.append(child)
             node = child
-        if self._windowed:
+        if self._sliding:
             del nodes[self._usable(nodes) :]
         key = self.next_key(nodes[-1] if nodes else self.root, tokens, len(nodes), owner)
         extensible = len(nodes) < limit
@@ -101,15 +117,12 @@ class PrefixTree:
         return (node, self.label(tokens, depth, owner)) if known else None
 
     def _usable(self, nodes: list[Node]) -> int:
-        """How many of these nodes a sequence may start behind; one pass, counting each window group's unbroken run."""
+        """How many of these nodes a sequence may start behind."""
         best, size = 0, self.layout.block_size
-        runs = [0] * len(self._windowed)
+        runs = [Run(each) for each in self._sliding]
         for depth, node in enumerate(nodes, 1):
-            usable = True
-            for index, (group, window) in enumerate(self._windowed):
-                runs[index] = runs[index] + 1 if node.blocks[group] != ABSENT else 0
-                usable &= runs[index] >= depth - max(0, depth * size - window + 1) // size
-            best = depth if usable else best
+            there = [run.extend(node.blocks[run.group.group] != ABSENT, depth * size) for run in runs]
+            best = depth if all(there) else best
         return best
 
     def child(self, node: Node, label: Label) -> Node:

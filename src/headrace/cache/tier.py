@@ -9,14 +9,15 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-from headrace.cache.ledger import KVLedger, first_seen
-from headrace.cache.prefix import ABSENT
+from headrace.cache.ledger import KVLedger
+from headrace.cache.prefix import ABSENT, Run
 from headrace.cache.store import KEY_BYTES, BlockStore
 from headrace.core import Chunk, Sequence
 
@@ -107,16 +108,13 @@ class Tier:
         """Behind how many nodes the sequence could start, if it can start behind `depth` of them without the store."""
         size, best = self.ledger.layout.block_size, depth
         keys = self._keys(sequence, most)
-        runs = {group: depth for group, _ in self.ledger.windowed}
+        runs = [Run(each, depth) for each in self.ledger.sliding]
         for reach in range(depth + 1, most + 1):
             key = keys[reach - 1]
             if any(name_block(key, group) not in self.store for group in self.ledger.full_groups):
                 break
-            usable = True
-            for group, window in self.ledger.windowed:
-                runs[group] = runs[group] + 1 if name_block(key, group) in self.store else 0
-                usable &= runs[group] >= reach - first_seen(reach * size, window) // size
-            best = reach if usable else best
+            there = [run.extend(name_block(key, run.group.group) in self.store, reach * size) for run in runs]
+            best = reach if all(there) else best
         return best
 
     def _read(self, sequence: Sequence, position: int) -> bool:
@@ -137,9 +135,10 @@ class Tier:
     def _save(self, sequence: Sequence, start: int, end: int) -> None:
         """Save the sequence's blocks before `end`, and what windows see from there and from `start`, in blocks."""
         keys, size = self._keys(sequence, end), self.ledger.layout.block_size
-        wanted = [(group, range(self._track(sequence).saved, end)) for group in self.ledger.full_groups]
-        for group, window in self.ledger.windowed:
-            wanted += [(group, range(first_seen(place * size, window) // size, place)) for place in (start, end)]
+        begin = self._track(sequence).saved
+        wanted: list[tuple[int, Rows[int]]] = [(group, range(begin, end)) for group in self.ledger.full_groups]
+        for each in self.ledger.sliding:
+            wanted += [(each.group, each.list_seen(place * size, place)) for place in (start, end)]
         for group, positions in wanted:
             for position in positions:
                 block, key = sequence.tables[group][position], name_block(keys[position], group)

@@ -168,7 +168,7 @@ class Engine:
         if length + request.generates > self.context_length:
             raise RowError("context_length", f"the prompt has {length} tokens; the context holds {self.context_length}")
         most = min(length + (request.params.max_tokens if request.generates else 0), self.context_length)
-        needed, present = self.state.ledger.blocks_for(most), self.state.ledger.num_blocks
+        needed, present = self.state.ledger.layout.blocks_for(most, prompt=length), self.state.ledger.num_blocks
         if needed > present:
             raise RowError(
                 "kv_memory",

@@ -104,6 +104,7 @@ class LayerCache:
     sealed   uint8 [blocks, kv heads, bytes of a head] in `form`, where older blocks are sealed; no layer with a window
              has that; sealed_group is their group. Without a form it is [blocks, 1, bytes], and no kernel reads it
     residual a query at position p reads the block of token p - residual + 1 and later ones exactly, earlier ones sealed
+    first    but for so many tokens at the start, a multiple of the block size: they are read exactly by all queries
 
     Only the last two dimensions of keys and values, and the last one of sealed, need be contiguous with the next.
     """
@@ -115,6 +116,7 @@ class LayerCache:
     form: SealedForm | None = None
     sealed_group: int = 0
     residual: int = 1
+    first: int = 0
     bias: Tensor | None = None
     mass: Tensor | None = None
     extra: Tensor | None = None

@@ -21,7 +21,7 @@ PANEL = 32
 PARTS = ("panels", "scales", "bias", "group_scales", "group_minimums", "input_scales")
 # Of the next weight so much is fetched while nothing else is done: what a core's own cache holds.
 EXPECTED_BYTES = 2**20
-NOTHING_SEALED = (0, 0, 4, 4, 0, 0, 0)
+NOTHING_SEALED = (0, 0, 4, 4, 0, 0, 0, 0)
 # Elements of a weight in a lane of 32 bits, by dtype.
 HELD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}
 
@@ -250,8 +250,9 @@ def describe_cache(cache: LayerCache) -> tuple[int, int, int, int, int, int, int
     return *addresses, stride * keys.itemsize, kv_heads, values.shape[3], block_size
 
 
-def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int, int, int, int, int, int, int]:
-    """Address, bytes between blocks, bits of keys and values, residual, table and its width, of sealed blocks.
+def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int, int, int, int, int, int, int, int]:
+    """Address, bytes between blocks, bits of keys and values, residual, first tokens, table and its width, of sealed
+    blocks.
 
     Raises ValueError where there are none, or where their bytes are not what their form says.
     """
@@ -262,7 +263,7 @@ def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int
         raise ValueError(f"sealed blocks {list(cache.sealed.shape)} need {expected} bytes a head, contiguous")
     bits = cache.form.key_bits, cache.form.value_bits
     width = 0 if table is None else table.shape[1]
-    return cache.sealed.data_ptr(), cache.sealed.stride(0), *bits, cache.residual, address(table), width
+    return cache.sealed.data_ptr(), cache.sealed.stride(0), *bits, cache.residual, cache.first, address(table), width
 
 
 def arrange(numbers: Tensor, out: int, panels: int) -> Tensor:

@@ -178,22 +178,28 @@ def see_context(
     exact = oldest
     if cache.sealed is not None and not batch.read_exactly:
         exact = torch.maximum(oldest, (positions - cache.residual + 1).clamp(min=0) // size * size)
-    first = int(exact.min()) // size
-    blocks = batch.block_tables[cache.group][index, first : -(-context // size)].long()
-    keys, values = (each[:, : context - first * size] for each in read_blocks(cache, blocks))
-    places = torch.arange(first * size, context, device=positions.device)
+    start, table = int(exact.min()) // size, batch.block_tables[cache.group][index]
+    blocks = table[start : -(-context // size)].long()
+    keys, values = (each[:, : context - start * size] for each in read_blocks(cache, blocks))
+    places = torch.arange(start * size, context, device=positions.device)
     added = hide((places[None] > positions[:, None]) | (places[None] < exact[:, None]))
     if cache.bias is not None:
-        added = added + cache.bias[blocks].transpose(0, 1).flatten(1)[:, None, : context - first * size]
-    sealed_blocks = range(begin // size, int(exact.max()) // size)
-    if cache.sealed is None or cache.form is None or batch.read_exactly or not sealed_blocks:
+        added = added + cache.bias[blocks].transpose(0, 1).flatten(1)[:, None, : context - start * size]
+    if cache.sealed is None or cache.form is None or batch.read_exactly or int(exact.max()) == begin:
         return keys, values, added
-    blocks = batch.block_tables[cache.sealed_group][index, sealed_blocks.start : sealed_blocks.stop].long()
-    units = cache.sealed[blocks].transpose(0, 1).reshape(keys.shape[0], -1, cache.sealed.shape[2] * UNIT // size)
-    older = unpack_units(units, cache.form, cache.values.shape[3])
-    places = torch.arange(begin, begin + len(blocks) * size, device=positions.device)
+    # What comes before `exact`: first tokens as they were computed, then those that are sealed.
+    end = int(exact.max()) // size
+    head = min(max(begin, cache.first) // size, end)
+    parts = [read_blocks(cache, table[begin // size : head].long())]
+    if head < end:
+        blocks = batch.block_tables[cache.sealed_group][index, head:end].long()
+        units = cache.sealed[blocks].transpose(0, 1).reshape(keys.shape[0], len(blocks) * size // UNIT, -1)
+        parts.append(unpack_units(units, cache.form, cache.values.shape[3]))
+    parts.append((keys, values))
+    places = torch.arange(begin, end * size, device=positions.device)
     hidden = hide(places[None] >= exact[:, None]).expand(added.shape[0], -1, -1)
-    return torch.cat([older[0], keys], 1), torch.cat([older[1], values], 1), torch.cat([hidden, added], 2)
+    keys, values = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    return keys, values, torch.cat([hidden, added], 2)
 
 
 def hide(hidden: Tensor) -> Tensor:

@@ -113,8 +113,8 @@ class Simulator:
         if task is None:
             return False
         request, ledger = task.request, self.state.ledger
-        most = len(request.prompt_token_ids) + task.output
-        if not request.prompt_token_ids or ledger.blocks_for(most) > ledger.num_blocks:
+        prompt = len(request.prompt_token_ids)
+        if not prompt or ledger.layout.blocks_for(prompt + task.output, prompt=prompt) > ledger.num_blocks:
             self.found.refused += 1
             return True
         for index in range(request.params.n):

@@ -65,7 +65,7 @@ class Outlook:
         self.shared = (ledger.shared if everyone else holders[None]) * ledger.layout.block_size
         # Sequences whose end is the model's choice.
         self.uncertain = 0
-        self._window_blocks: dict[tuple[int, int], int] = {}
+        self._window_blocks: dict[tuple[int, int, int], int] = {}
         demands = {
             each.number: self._demand_running(
                 each, ledger.holdings[each.number].private if everyone else holders[each.number]
@@ -113,11 +113,12 @@ class Outlook:
         size, rate = ledger.layout.block_size, len(ledger.full_groups)
         growth = max(self.lengths.remaining(sequence) - 1, 0)
         held = rate * (known + size - 1) - size * joined
-        if ledger.windowed:
+        if ledger.sliding:
             # Most sequences ask the same: a decode that fills its windows.
-            key = (-(-(known + growth) // size), min(known - computed, self.step_tokens))
+            prompt = sequence.prompt_length if computed < sequence.prompt_length else 0
+            key = (-(-(known + growth) // size), min(known - computed, self.step_tokens), prompt)
             if key not in self._window_blocks:
-                self._window_blocks[key] = ledger.window_blocks(known + growth, key[1])
+                self._window_blocks[key] = ledger.layout.window_blocks(known + growth, *key[1:])
             held += size * self._window_blocks[key]
         return Demand(growth, held, rate)
 

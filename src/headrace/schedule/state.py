@@ -77,7 +77,7 @@ class SchedulerState:
         return cls(ledger, Limits(options.step_tokens, options.max_sequences), lengths)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence that fits the pool alone (`ledger.blocks_for`): the caller refuses any other. Numbers rise.
+        """Queue a sequence that fits the pool alone (`layout.blocks_for`): the caller refuses any other. Numbers rise.
 
         Raises ValueError if its number is taken.
         """

@@ -40,7 +40,7 @@ def plan_step(state: SchedulerState, limits: Limits) -> StepPlan:
     `apply` executes the plan: admit, each with the whole blocks of tokens that the prefix tree has of it now; preempt;
     compute the chunks, at most one a sequence, starting at what it has computed.
 
-    Every sequence finishes, if each fits the pool alone (`ledger.blocks_for(longest) <= num_blocks`, which the engine
+    Every sequence finishes, if each fits the pool alone (`layout.blocks_for(longest) <= num_blocks`, which the engine
     checks): a plan with decodes computes a token of the oldest of them, as in step 3 all others give way and the pool
     that is left to it suffices; decodes end after `max_tokens`. Without decodes the oldest prefill gets a token, as
     all others give way and half of a rest of two or more is left to either lane. When nothing runs, nothing is promised

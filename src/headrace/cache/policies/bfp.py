@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.cache.layout import CacheLayout
+from headrace.cache.layout import CacheGroup, CacheLayout
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_choice, check_number
 from headrace.cache.policies.records import BlockFloat, ByToken, Record
@@ -47,7 +47,8 @@ class BlockFloatKeys:
             raise InputError(f"kv bfp: blocks of {self.block} channels do not divide heads of {shape.head_size}")
         self._shape = shape
         keys, values = self._codecs(block_size, shape.kv_heads * shape.head_size)
-        return arrange_sealed(shape, block_size, Record(keys.parts + values.parts).nbytes, self.residual)
+        exact = CacheGroup((), self.residual, shape.count_layer_bytes(block_size))
+        return arrange_sealed(shape, block_size, Record(keys.parts + values.parts).nbytes, exact)
 
     def attend(self, step: LayerStep) -> Tensor:
         cache, batch = step.cache, step.batch

@@ -16,6 +16,8 @@ from headrace.cache.policies.minicache import MiniCache
 from headrace.cache.policies.plain import Plain
 from headrace.cache.policies.scissorhands import Scissorhands
 from headrace.cache.policies.shadowkv import ShadowKV
+from headrace.cache.policies.shrink_sealed import ShrinkSealed
+from headrace.cache.policies.shrinking import Shrinking
 from headrace.cache.policies.snapkv import SnapKV
 from headrace.cache.policies.streaming import RandomTokens, Streaming
 from headrace.cache.policies.tova import Tova
@@ -58,7 +60,11 @@ def make_policy(expression: str) -> KVPolicy:
 
 
 def spell_policy(expression: str) -> str:
-    """An expression that can be read, always spelled alike: with the same spaces, whatever the user's."""
+    """An expression always spelled alike: with the same spaces, whatever the user's.
+
+    Raises InputError, naming what is wrong and what there is, as `make_policy` does.
+    """
+    make_policy(expression)
     return ast.unparse(ast.parse(expression.strip(), mode="eval"))
 
 
@@ -84,12 +90,16 @@ def combine(first: KVPolicy, second: KVPolicy, expression: str) -> KVPolicy:
     if second.form is None:
         can = "only kivi can stand after a +: it rounds what the policy before it leaves"
         raise InputError(f"kv {expression!r}: {can}; put it last, and use one other policy")
+    if isinstance(second, Kivi) and second.first:
+        raise InputError(f"kv {expression!r}: kivi keeps the first tokens exact only where it stands alone")
     if isinstance(first, Sealable):
         return first.with_sealing(second.form, second.residual)
+    if isinstance(first, Shrinking):
+        return ShrinkSealed(first, second.form, second.residual)
     if first.residual > 1 or first.form is not None:
         raise InputError(f"kv {expression!r}: both policies would write the same sealed blocks; use one of them")
     raise InputError(
-        f"kv {expression!r}: the first policy moves or reads tokens head by head within exact blocks, "
+        f"kv {expression!r}: the first policy reads tokens head by head within exact blocks, "
         "and kivi rounds keys over neighbouring tokens of sealed ones; use one of them"
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headrace.cache.layout import CacheLayout
+from headrace.cache.layout import CacheGroup, CacheLayout
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_choice, check_number
 from headrace.cache.policies.sealing import arrange_sealed, seal_filled
@@ -21,17 +21,22 @@ class Kivi:
 
     planes: tuple[Plane, ...] = ()
 
-    def __init__(self, k: int = 4, v: int = 4, residual: int = 32) -> None:
-        """k, v: bits of a key's and a value's element, 2, 4 or 8. residual: the least tokens that are read exactly."""
+    def __init__(self, k: int = 4, v: int = 4, residual: int = 32, first: int = 0) -> None:
+        """k, v: bits of a key's and a value's element, 2, 4 or 8. residual: the least of the newest tokens that are
+        read exactly; first: those of the oldest, in whole blocks."""
         check_choice("kivi", "k", k, (2, 4, 8))
         check_choice("kivi", "v", v, (2, 4, 8))
         check_number("kivi", "residual", residual, 1, 4096)
+        check_number("kivi", "first", first, 0, 4096)
         self.form = SealedForm(k, v)
         self.residual = residual
+        self.first = first
 
     def arrange(self, shape: KVShape, block_size: int) -> CacheLayout:
         head_bytes = self.form.count_head_bytes(shape.head_size, block_size)
-        return arrange_sealed(shape, block_size, shape.kv_heads * head_bytes, self.residual)
+        first = -(-self.first // block_size) * block_size
+        exact = CacheGroup((), self.residual, shape.count_layer_bytes(block_size), first=first)
+        return arrange_sealed(shape, block_size, shape.kv_heads * head_bytes, exact)
 
     def attend(self, step: LayerStep) -> Tensor:
         seal_filled(step)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 from headrace.cache.layout import CacheGroup, CacheLayout
 from headrace.cache.policies.base import KVShape, LayerStep
 from headrace.core import InputError
@@ -13,8 +16,9 @@ TYPICAL_TOKENS = 1024
 SPARED = 1.05
 
 
-def arrange_sealed(shape: KVShape, block_size: int, sealed_bytes: int, residual: int) -> CacheLayout:
-    """Layers that see all tokens are sealed, in `sealed_bytes` a layer and block; those with a window stay exact.
+def arrange_sealed(shape: KVShape, block_size: int, sealed_bytes: int, exact: CacheGroup) -> CacheLayout:
+    """Layers that see all tokens are sealed, in `sealed_bytes` a layer and block, and what they have exactly is in
+    groups like `exact`; those with a window stay exact, in as many bytes.
 
     Blocks are equally large: an exact block has fewer layers than a sealed one. How many is chosen so that there are
     few groups, and a text of 1,024 tokens takes little more than the least memory. Raises InputError for shapes that
@@ -26,18 +30,19 @@ def arrange_sealed(shape: KVShape, block_size: int, sealed_bytes: int, residual:
     whole = [layer for layer, window in enumerate(shape.windows) if window is None]
     if not whole:
         raise InputError("every layer of this model has a sliding window: there is nothing to seal; use kv plain")
-    exact_bytes = shape.count_layer_bytes(block_size)
-    kinds = [(residual, whole)]
+    kinds = [(exact, whole)]
     for window in sorted({each for each in shape.windows if each is not None}):
-        kinds.append((window, [layer for layer, each in enumerate(shape.windows) if each == window]))
+        layers = [layer for layer, each in enumerate(shape.windows) if each == window]
+        kinds.append((CacheGroup((), window, exact.layer_bytes), layers))
 
-    def make(sealed: int, exact: int) -> CacheLayout:
-        groups = [CacheGroup(layers, None, sealed_bytes, True) for layers in cut(whole, sealed)]
-        for window, layers in kinds:
-            groups += [CacheGroup(part, window, exact_bytes) for part in cut(layers, exact)]
+    def make(sealed_layers: int, exact_layers: int) -> CacheLayout:
+        groups = [CacheGroup(layers, None, sealed_bytes, True) for layers in cut(whole, sealed_layers)]
+        for kind, layers in kinds:
+            groups += [replace(kind, layers=part) for part in cut(layers, exact_layers)]
         return CacheLayout(block_size, tuple(groups))
 
-    choices = [make(sealed, exact) for sealed in range(1, len(whole) + 1) for exact in range(1, len(whole) + 1)]
+    counts = range(1, len(whole) + 1)
+    choices = [make(*each) for each in product(counts, counts)]
     enough = min(count_bytes(layout, TYPICAL_TOKENS) for layout in choices) * SPARED
     fitting = [layout for layout in choices if count_bytes(layout, TYPICAL_TOKENS) <= enough]
     return min(fitting, key=lambda layout: (len(layout.groups), count_bytes(layout, TYPICAL_TOKENS)))
@@ -50,7 +55,7 @@ def cut(layers: list[int], size: int) -> list[tuple[int, ...]]:
 def count_bytes(layout: CacheLayout, tokens: int) -> int:
     """Bytes that a text of so many tokens takes while its next one is computed."""
     size = layout.block_size
-    blocks = [-(-min(tokens, (group.window or tokens) + size) // size) for group in layout.groups]
+    blocks = [-(-min(tokens, (group.window or tokens) + size + group.first) // size) for group in layout.groups]
     return sum(blocks) * layout.block_bytes
 
 

@@ -41,7 +41,8 @@ struct Call {
     // The blocks that many sequences may read as one: the sealed ones where there are any.
     const int32_t* shared_table(int64_t place) const { return sealed.data ? sealed_table(place) : table(place); }
     Sight sight(int64_t place) const {
-        return {batch.begins ? batch.begins[order[place]] : 0, spec.window, sealed.data ? sealed.residual : 0, cache.block_size};
+        return {batch.begins ? batch.begins[order[place]] : 0, spec.window, sealed.data ? sealed.residual : 0, sealed.data ? sealed.first : 0,
+                cache.block_size};
     }
 
     // Whether two sequences of one token each have the same blocks from span `begin` on for a span, and see all of it.
@@ -50,6 +51,8 @@ struct Call {
         if (spec.window || batch.head_stride || length(one) != 1 || length(other) != 1) return false;
         if (std::max(sight(one).begin, sight(other).begin) > begin * cache.block_size) return false;
         if ((sealed.data ? sight(one).find_exact(least) : least + 1) < end * cache.block_size) return false;
+        int64_t head = sealed.data ? std::min(end, sealed.first / cache.block_size) : begin;
+        if (begin < head && !std::equal(table(one) + begin, table(one) + head, table(other) + begin)) return false;
         return std::equal(shared_table(one) + begin, shared_table(one) + end, shared_table(other) + begin);
     }
 };
@@ -94,6 +97,15 @@ struct Worker {
         return span;
     }
 
+    // The span that begins at block `at`, of blocks seen..end that are not read as the newest ones are: first ones exactly, then
+    // those that are sealed.
+    void add_older(Tile<T>& tile, int64_t place, int64_t at, int64_t seen, int64_t end) {
+        int64_t from = std::max<int64_t>(0, seen - at), to = std::min(blocks, end - at), head = std::min(to, tile.sight.first / size - at);
+        if (from < head) tile.add_span(HeadSpan{find(place, at, from, head, (at + head) * size)}, at * size);
+        from = std::max(from, head);
+        if (from < to) tile.add_span(find_sealed(place, at, from, to, end), at * size);
+    }
+
     // One sequence's tokens from the block `begin` on, whose rows in the scratch begin at `base`.
     void run_alone(int64_t place, int64_t begin, int64_t base) {
         int64_t position = call.position(place) + task.token, end = position + task.tokens;
@@ -101,8 +113,7 @@ struct Worker {
         Tile<T> tile{call.spec, sight, group, position, task.tokens, head, size, blocks * size, base, s};
         // What the last of the tokens reads sealed, then what the first of them reads exactly.
         int64_t seen = call.sealed.data ? sight.begin / size : 0, sealed = call.sealed.data ? sight.find_exact(end - 1) / size : 0;
-        for (int64_t at = std::max(begin, seen / blocks * blocks); at < sealed; at += blocks)
-            tile.add_span(find_sealed(place, at, std::max<int64_t>(0, seen - at), std::min(blocks, sealed - at), sealed), at * size);
+        for (int64_t at = std::max(begin, seen / blocks * blocks); at < sealed; at += blocks) add_older(tile, place, at, seen, sealed);
         seen = sight.find_exact(position) / size;
         for (int64_t at = std::max(begin, seen / blocks * blocks); at * size < end; at += blocks) {
             int64_t last = std::min(blocks, (end - 1) / size + 1 - at);
@@ -123,7 +134,7 @@ struct Worker {
             for (int64_t i = from; i < to; i++) least = std::min(least, call.position(i));
             Tile<T> tile{call.spec, call.sight(from), group, least, to - from, head, size, blocks * size, (from - task.first) * group, s};
             if (call.sealed.data)
-                tile.add_span(find_sealed(from, begin, 0, blocks, begin + blocks), begin * size);
+                add_older(tile, from, begin, 0, begin + blocks);
             else
                 tile.add_span(find(from, begin, 0, blocks, (begin + blocks) * size), begin * size);
             begin += blocks;

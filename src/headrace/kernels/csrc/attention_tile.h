@@ -52,9 +52,10 @@ void soften_row(float* scores, T* weights, float* output, float& top, float* tot
     top = now;
 }
 
-// What queries at a position see: sealed tokens from `begin` on, and exact ones from `find_exact` up to their own.
+// What queries at a position see: tokens from `begin` on, those before `first` exactly, then sealed ones, and exact ones
+// again from `find_exact` up to their own.
 struct Sight {
-    int64_t begin, window, residual, size;
+    int64_t begin, window, residual, first, size;
 
     int64_t find_exact(int64_t position) const {
         int64_t from = window ? std::max(begin, position - window + 1) : begin;
@@ -62,7 +63,10 @@ struct Sight {
     }
 };
 
-// One tile over one span of blocks, exact (Span) or sealed (SealedSpan): scores, softmax, values.
+// The first blocks of a span of which others are sealed.
+struct HeadSpan : Span {};
+
+// One tile over one span of blocks, exact (Span, HeadSpan) or sealed (SealedSpan): scores, softmax, values.
 template <class T>
 struct Tile {
     static constexpr int64_t PAIR = LanesOf<T>::type::GROUP;
@@ -77,7 +81,8 @@ struct Tile {
     Visible see(int64_t i, int64_t begin) const {
         int64_t own = position + i, exact = sight.find_exact(own);
         if (std::is_same_v<Blocks, Span>) return {std::max<int64_t>(0, exact - begin), own + 1 - begin};
-        return {std::max<int64_t>(0, sight.begin - begin), exact - begin};
+        if (std::is_same_v<Blocks, HeadSpan>) return {std::max<int64_t>(0, sight.begin - begin), std::min(sight.first, exact) - begin};
+        return {std::max<int64_t>(0, std::max(sight.begin, sight.first) - begin), exact - begin};
     }
 
     template <class Blocks>

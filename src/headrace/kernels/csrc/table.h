@@ -66,10 +66,11 @@ struct Cache {
 };
 
 // The same layer's sealed blocks (sealed.h says what is in one), `stride` bytes apart; data is null if there are none. A query
-// at position p reads blocks that end before the block of token p - residual + 1 sealed, and that one and later ones exactly.
+// at position p reads blocks that end before the block of token p - residual + 1 sealed, and that one and later ones exactly;
+// exactly too the `first` tokens, a multiple of the block size.
 struct Sealed {
     char* data;
-    int64_t stride, key_bits, value_bits, residual;
+    int64_t stride, key_bits, value_bits, residual, first;
     const int32_t* tables;
     int64_t table_stride;
 };

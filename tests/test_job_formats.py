@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from jobs import answer_of, batch_row, batch_rows, read_lines, run, write_lines
+from jobs import answer_of, batch_row, batch_rows, engine_options, read_lines, run, write_lines
 
+from headrace import LLM
 from headrace.core import InputError
 from headrace.job.columns import convert, infer_schema, read_json_type, result_columns
 from headrace.job.records import Traits
@@ -90,6 +93,68 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         with path.open(newline="") as file:
             return list(csv.DictReader(file))
     return pq.read_table(path).to_pylist() if path.suffix == ".parquet" else read_lines(path)
+
+
+def embedding_row(name: str, value: Any, **body: Any) -> dict[str, Any]:
+    return {"custom_id": name, "method": "POST", "url": "/v1/embeddings", "body": {"input": value} | body}
+
+
+def test_rows_may_ask_for_vectors(tiny_model: Path, tmp_path: Path) -> None:
+    texts = ["The wheel turns.", "Water falls on the wheel.", "The wheel turns."]
+    rows = [embedding_row(f"row {index}", text) for index, text in enumerate(texts)]
+    rows += [
+        embedding_row("text", texts[0], encoding_format="base64", model="other"),
+        embedding_row("short", texts[0], dimensions=4),
+        embedding_row("tokens", [5, 6, 7]),
+        batch_row("chat", "Hi"),
+        embedding_row("several", texts),
+        embedding_row("long", "word " * 2000),
+        embedding_row("wide", "a", dimensions=100_000),
+        embedding_row("empty", ""),
+    ]
+    report = run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    found = {line["custom_id"]: line["response"]["body"] for line in read_lines(tmp_path / "out.jsonl")}
+    with LLM(**vars(engine_options(tiny_model))) as llm:
+        expected = [np.array(each, np.float32) for each in llm.embed(texts)]
+    body = found["row 0"]
+    assert list(body) == ["object", "data", "model", "usage", "system_fingerprint"] and body["object"] == "list"
+    assert body["usage"]["prompt_tokens"] == body["usage"]["total_tokens"] > 0
+    for index, vector in enumerate(expected):
+        (entry,) = found[f"row {index}"]["data"]
+        assert (entry["object"], entry["index"]) == ("embedding", 0) and entry["embedding"] == vector.tolist()
+    assert found["text"]["model"] == "other"
+    assert base64.b64decode(found["text"]["data"][0]["embedding"]) == expected[0].tobytes()
+    short = np.array(found["short"]["data"][0]["embedding"], np.float32)
+    assert len(short) == 4 and np.allclose(short, expected[0][:4] / np.linalg.norm(expected[0][:4]))
+    assert found["tokens"]["usage"]["prompt_tokens"] == 3 and found["chat"]["object"] == "chat.completion"
+    errors = {line["custom_id"]: line["error"] for line in read_lines(tmp_path / "out.errors.jsonl")}
+    assert {name: error["code"] for name, error in errors.items()} == {
+        "several": "invalid_value", "long": "context_length", "wide": "invalid_value", "empty": "invalid_value"
+    }  # fmt: skip
+    assert "give each a row of its own" in errors["several"]["message"]
+    assert report["rows_shared"] == 3, "equal texts are computed once, however their vectors are wanted"
+
+
+def test_a_tables_rows_become_vectors(tiny_model: Path, tmp_path: Path) -> None:
+    source = write_table(tmp_path / "in.csv")
+    run(tiny_model, source, tmp_path / "out.parquet", prompt="{{ text }}", embed=True)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.schema.field("embedding").type == pa.list_(pa.float32())
+    with LLM(**vars(engine_options(tiny_model))) as llm:
+        assert np.allclose(table["embedding"].to_pylist(), llm.embed([row["text"] for row in TABLE]), atol=1e-7)
+    for own, message in (({}, "embed needs a prompt template"), ({"prompt": "a", "regex": "b"}, "leave out")):
+        with pytest.raises(InputError, match=message):
+            run(tiny_model, source, tmp_path / "other.csv", embed=True, **own)
+
+
+@pytest.mark.parametrize("wanted", ["out.csv", "out.parquet"])
+def test_vectors_are_a_column_of_tables(wanted: str, tiny_model: Path, tmp_path: Path) -> None:
+    rows = [embedding_row("a", "The wheel"), batch_row("b", "Hi")]
+    run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / wanted)
+    first, second = read_table(tmp_path / wanted)
+    vector = json.loads(first["embedding"]) if wanted.endswith("csv") else first["embedding"]
+    assert np.isclose(np.linalg.norm(vector), 1) and not first["output"] and not first["finish_reason"]
+    assert not second["embedding"] and second["output"]
 
 
 @pytest.mark.parametrize("wanted", ["out.jsonl", "out.csv", "out.parquet"])

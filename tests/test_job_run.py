@@ -22,10 +22,10 @@ from jobs import (
 )
 
 from headrace.core import InputError, RowError, SamplingParams
+from headrace.job.batch_rows import BatchDrafter
 from headrace.job.feed import MOST_PENDING, Feed, Flow
 from headrace.job.inlet import EngineInlet
 from headrace.job.journal import Journal
-from headrace.job.openai import BatchDrafter
 from headrace.job.progress import State, estimate_rest, format_progress, measure
 from headrace.job.run import run_job
 from headrace.job.sources import JsonLines, Row
@@ -261,7 +261,7 @@ def test_reading_pauses_however_long_the_input_is(kind: str, tiny_model: Path, t
             yield Row(index, index + 1, record, RowError("bad", "bad") if kind == "wrong" else None)
 
     with LLM(**vars(engine_options(tiny_model))) as llm:
-        drafter = CountingDrafter(BatchDrafter(llm.tokenizer, SamplingParams(max_tokens=2), "error"))
+        drafter = CountingDrafter(BatchDrafter(llm.tokenizer, SamplingParams(max_tokens=2), "error", str(tiny_model)))
         feed = Feed(rows(), drafter, EngineInlet(llm.engine), llm.tokenizer, Journal(tmp_path / "journal"))
         finished: list[Any] = []
         while not finished and feed.wants_rows():

@@ -15,8 +15,9 @@ import pytest
 from headrace.checkpoint import Tokenizer, open_checkpoint
 from headrace.core import Constraint, InputError, RowError, SamplingParams
 from headrace.job import sources
+from headrace.job.batch_rows import BatchDrafter
 from headrace.job.drafts import Draft, encode_drafts, make_request, share_key
-from headrace.job.openai import BatchDrafter, Unknown
+from headrace.job.openai import Unknown
 from headrace.job.sources import CsvTable, JsonLines, ParquetTable, Row, looks_like_batch, sniff_kind
 from headrace.job.table import TableDrafter, compile_template, fill_template, read_constraint
 from headrace.options import RunOptions
@@ -43,7 +44,7 @@ def without(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def read(tokenizer: Tokenizer, record: dict[str, Any], unknown: Unknown = "error") -> Draft:
-    drafter = BatchDrafter(tokenizer, SamplingParams(max_tokens=16), unknown)
+    drafter = BatchDrafter(tokenizer, SamplingParams(max_tokens=16), unknown, "no model")
     row = Row(0, 1, record)
     return drafter.draft(row, drafter.name(row))
 
@@ -77,9 +78,9 @@ BAD_RECORDS: list[tuple[dict[str, Any], str, str]] = [
     (without(chat(), "body"), "missing_field", "the row has no body"),
     (chat() | {"method": "GET"}, "invalid_value", "method must be POST, got 'GET'"),
     (
-        chat() | {"url": "/v1/embeddings"},
+        chat() | {"url": "/v1/responses"},
         "unknown_url",
-        "url must be /v1/chat/completions or /v1/completions, got '/v1/emb",
+        "url must be one of /v1/chat/completions, /v1/completions, /v1/embeddings, got '/v1/resp",
     ),
     (chat() | {"body": "text"}, "invalid_value", "body must be an object"),
     (
@@ -317,7 +318,7 @@ def test_chat_body_becomes_prompt_and_parameters(tokenizer: Tokenizer) -> None:
 
 def test_the_runs_settings_fill_what_a_body_leaves_out(tokenizer: Tokenizer) -> None:
     defaults = SamplingParams(max_tokens=5, temperature=0.3, constraint=Constraint("regex", "a+"))
-    drafter = BatchDrafter(tokenizer, defaults, "error")
+    drafter = BatchDrafter(tokenizer, defaults, "error", "no model")
     assert drafter.draft(Row(0, 1, chat()), "a").params is defaults
     mixed = drafter.draft(Row(0, 1, chat(temperature=1, structured_outputs={"regex": "b+"})), "a").params
     assert mixed == replace(defaults, temperature=1, constraint=Constraint("regex", "b+"))

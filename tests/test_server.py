@@ -403,6 +403,32 @@ def test_a_second_model_is_loaded_when_asked_for(tiny_model: Path, tmp_path: Pat
         raise AssertionError("the idle model stays loaded")
 
 
+def test_a_client_chooses_a_kv_policy_by_the_models_name(tmp_path: Path) -> None:
+    model, kv, prompt = make_tiny_model(tmp_path / "tiny", head_dim=32), "kivi(k=2, v=2)", list(range(3, 203))
+    body = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    flags = ("--kv-also", kv, "--kv-also", "snapkv", "--block-size", "32")
+    with serving(model, *flags) as server, server.client() as client:
+        listed = [each["id"] for each in client.get("/v1/models").json()["data"]]
+        assert listed == ["tiny", f"tiny:{kv}", "tiny:snapkv"]
+        found = {}
+        for name in ("tiny", f"tiny:{kv}", "tiny: kivi(k=2,v=2) "):
+            reply = client.post("/v1/completions", json=body | {"model": name}).json()
+            found[name] = reply["choices"][0]["logprobs"]["token_logprobs"]
+            assert reply["model"] == name if name in listed else listed[1]
+        refused = client.post("/v1/completions", json=body | {"model": "tiny:kivi(k=4)"})
+        assert refused.status_code == 404 and f"tiny:{kv}" in refused.json()["error"]["message"]
+    assert found[f"tiny:{kv}"] == found["tiny: kivi(k=2,v=2) "] != found["tiny"]
+    with LLM(str(model), kv=kv, precision="fp32", threads=1) as llm:
+        (expected,) = llm.generate([prompt], SamplingParams(max_tokens=20, ignore_eos=True, logprobs=1), progress=False)
+    logprobs = [each.logprob for each in expected.outputs[0].logprobs]
+    assert found[f"tiny:{kv}"] == pytest.approx(logprobs, abs=1e-6)
+
+
+def test_a_kv_policy_that_cannot_be_read_keeps_the_server_from_starting(tiny_model: Path) -> None:
+    with pytest.raises(RuntimeError, match="there is no policy 'kivy'"):
+        RunningServer(tiny_model, "--kv-also", "kivy")
+
+
 def test_a_request_to_a_model_that_was_just_freed_fails(tiny_model: Path) -> None:
     async def ask() -> BaseException:
         options = ServeOptions()

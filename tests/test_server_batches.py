@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import signal
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -24,10 +26,11 @@ from batch_app import (
     upload,
     watch,
 )
-from jobs import Rows, batch_row, batch_rows, run, without_times, write_lines
+from jobs import Rows, batch_row, batch_rows, engine_options, run, without_times, write_lines
 from servers import serving
 from starlette.testclient import TestClient
 
+from headrace import LLM
 from headrace.engine.engine import Engine
 from headrace.engine.outputs import RequestOutput
 from headrace.server import batches as batches_module
@@ -125,6 +128,21 @@ def test_openais_own_client_understands_all_answers(tiny_model: Path, tmp_path: 
         assert assistant.files.delete(file.id).deleted
 
 
+def test_rows_may_ask_for_vectors(client: TestClient, tiny_model: Path) -> None:
+    bodies = [{"model": "tiny", "input": f"wheel {number}", "encoding_format": "base64"} for number in range(20)]
+    rows = [
+        {"custom_id": str(number), "method": "POST", "url": "/v1/embeddings", "body": body}
+        for number, body in enumerate(bodies)
+    ]
+    batch = watch(client, start_batch(client, encode(rows), endpoint="/v1/embeddings")["id"])
+    assert batch["status"] == "completed" and batch["usage"]["output_tokens"] == 0
+    with LLM(**vars(engine_options(tiny_model))) as llm:
+        expected = llm.embed([body["input"] for body in bodies])
+    for line, vector in zip(outcome(client, batch)[0], expected, strict=True):
+        (entry,) = line["response"]["body"]["data"]
+        assert base64.b64decode(entry["embedding"]) == struct.pack(f"<{len(vector)}f", *vector)
+
+
 def test_completions_are_answered_too(client: TestClient) -> None:
     row = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "tiny", "prompt": "The"}}
     batch = watch(client, start_batch(client, encode([row]), endpoint="/v1/completions")["id"])
@@ -170,7 +188,7 @@ def test_at_most_a_hundred_errors_are_listed(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("change", "status", "param"),
     [
-        ({"endpoint": "/v1/embeddings"}, 400, "endpoint"),
+        ({"endpoint": "/v1/responses"}, 400, "endpoint"),
         ({"completion_window": "1h"}, 400, "completion_window"),
         ({"input_file_id": "file-none"}, 404, None),
         ({"input_file_id": None}, 400, "input_file_id"),

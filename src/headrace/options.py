@@ -156,6 +156,7 @@ class RunOptions(Options):
     prompt_file: str | None = setting(None, "File that holds the prompt template.", metavar="FILE")
     system: str | None = setting(None, "System message for every row.")
     chat: bool = setting(True, "Put the prompt through the model's chat template, if it has one.")
+    embed: bool = setting(False, "Make a vector of each row's text (the filled prompt template) instead of an answer.")
     id_column: str | None = setting(None, "Column that names each row; the row number if not given.")
     json_schema: str | None = setting(None, "File with a JSON schema that every output must match.", metavar="FILE")
     regex: str | None = setting(None, "Regular expression that every output must match.")
@@ -191,6 +192,11 @@ class ServeOptions(Options):
     host: str = setting("127.0.0.1", "Address to listen on. Other machines reach 0.0.0.0; then give an api_key_file.")
     port: int = setting(8000, "Port to listen on; 0 takes a free one and says which.", low=0)
     also: tuple[str, ...] = setting((), "A further model, loaded when first asked for; may be given several times.")
+    kv_also: tuple[str, ...] = setting(
+        (),
+        "A further KV policy that clients may choose, by MODEL:POLICY as the model's name; may be given several times.",
+        metavar="POLICY",
+    )
     idle_seconds: float = setting(600.0, "Free a further model after so long without a request.", low=0)
     api_key_file: str | None = setting(
         None, "Keys that may use the server, hashed; `headrace key` makes them. Without it anyone may.", metavar="FILE"

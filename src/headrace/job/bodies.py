@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.job.embeddings import VectorForm, describe_vector, unpack
 from headrace.job.openai import CHAT
 from headrace.job.records import Choice, Record, Token
 
@@ -23,12 +24,31 @@ def make_line(record: Record, model: str, fingerprint: str) -> dict[str, Any]:
     if answer.error is not None:
         error = {"code": answer.error.code, "message": answer.error.message, "line": record.line}
         return {"id": f"batch_req_{name}", "custom_id": record.id or None, "response": None, "error": error}
-    chat = record.url == CHAT
-    body: dict[str, Any] = {
+    model = record.model or model
+    body = answer_body(record, name, model) if answer.embedding is None else embedding_body(record, model)
+    body["system_fingerprint"] = fingerprint
+    if record.warnings:
+        body["warnings"] = record.warnings
+    response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
+    return {"id": f"batch_req_{name}", "custom_id": record.id, "response": response, "error": None}
+
+
+def embedding_body(record: Record, model: str) -> dict[str, Any]:
+    """What /v1/embeddings answers."""
+    tokens, data = record.answer.prompt_tokens, record.answer.embedding or b""
+    entry = describe_vector(unpack(data), VectorForm(record.dimensions, record.as_text))
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": [entry], "model": model, "usage": usage}
+
+
+def answer_body(record: Record, name: str, model: str) -> dict[str, Any]:
+    """What the routes that generate answer."""
+    answer, chat = record.answer, record.url == CHAT
+    return {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
         "object": "chat.completion" if chat else "text_completion",
         "created": record.created,
-        "model": record.model or model,
+        "model": model,
         "choices": [
             chat_choice(index, choice, name) if chat else completion_choice(index, choice, record.prefix)
             for index, choice in enumerate(answer.choices)
@@ -38,12 +58,7 @@ def make_line(record: Record, model: str, fingerprint: str) -> dict[str, Any]:
             "completion_tokens": answer.output_tokens,
             "total_tokens": answer.prompt_tokens + answer.output_tokens,
         },
-        "system_fingerprint": fingerprint,
     }
-    if record.warnings:
-        body["warnings"] = record.warnings
-    response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
-    return {"id": f"batch_req_{name}", "custom_id": record.id, "response": response, "error": None}
 
 
 def hash_id(row_id: str) -> str:

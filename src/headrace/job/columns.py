@@ -55,6 +55,7 @@ def result_columns(taken: Iterable[str], traits: Traits, schema: Mapping[str, An
     wanted = [("output", pa.string()), ("finish_reason", pa.string()), ("prompt_tokens", pa.int64())]
     wanted += [("output_tokens", pa.int64()), ("error", pa.string())]
     wanted += [("logprobs", pa.string())] if Traits.LOGPROBS & traits else []
+    wanted += [("embedding", pa.list_(pa.float32()))] if Traits.EMBEDDINGS & traits else []
     wanted += [("warnings", pa.string())] if Traits.WARNINGS & traits else []
     columns = [Column(key, choose(key), kind) for key, kind in wanted]
     for name, definition in (schema or {}).get("properties", {}).items():
@@ -85,6 +86,8 @@ def read_cells(record: Record, columns: Sequence[Column]) -> list[Any]:
     values: dict[str, Any] = {"prompt_tokens": answer.prompt_tokens, "output_tokens": answer.output_tokens}
     if answer.error is not None:
         values["error"] = f"line {record.line}: {answer.error.code}: {answer.error.message}"
+    elif record.vector is not None:
+        values["embedding"] = record.vector.tolist()
     elif len(texts) == 1:
         values |= {"output": record.prefix + texts[0], "finish_reason": answer.choices[0].finish_reason}
     else:

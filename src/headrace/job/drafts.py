@@ -9,7 +9,8 @@ from hashlib import blake2b
 from typing import Protocol
 
 from headrace.checkpoint import Tokenizer
-from headrace.core import InputError, Request, RowError, SamplingParams
+from headrace.core import InputError, Pooling, Request, RowError, SamplingParams
+from headrace.job.embeddings import WHOLE, VectorForm
 from headrace.job.sources import Row
 from headrace.job.tool_formats import ToolFormat
 from headrace.options import SamplingOptions
@@ -21,7 +22,7 @@ class Draft:
 
     `special` lets the tokenizer add its own special tokens. `own_max_tokens` says that the row itself named
     max_tokens: then it must fit the context, while the run's default is lowered to fit. `format` is how its answer may
-    call tools, None where it has none.
+    call tools, None where it has none. With `embed` a vector is wanted and nothing is generated.
     """
 
     row: int
@@ -36,6 +37,8 @@ class Draft:
     warnings: tuple[str, ...] = ()
     echo: bool = False
     format: ToolFormat | None = None
+    embed: Pooling | None = None
+    vector: VectorForm = WHOLE
 
 
 class Drafter(Protocol):
@@ -67,6 +70,10 @@ def encode_drafts(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[tuple[i
 def make_request(draft: Draft, tokens: tuple[int, ...], context_length: int) -> Request:
     """The engine's request. Raises RowError("context_length") where prompt and output cannot fit the context."""
     room, params = context_length - len(tokens), draft.params
+    if draft.embed is not None:
+        if room < 0:
+            raise RowError("context_length", f"the text has {len(tokens)} tokens; the context holds {context_length}")
+        return Request(draft.id, tokens, params, embed=draft.embed)
     if room < 1:
         raise RowError(
             "context_length",
@@ -90,6 +97,7 @@ def share_key(request: Request) -> bytes | None:
         return None
     # Greedy rows draw no random number, so the seed is left out.
     settings = repr(replace(params, seed=None) if params.seed is not None else params)
+    settings += f" embed {request.embed}" if request.embed is not None else ""
     tokens = array("q", request.prompt_token_ids).tobytes()
     return blake2b(settings.encode() + b"\0" + tokens, digest_size=16).digest()
 

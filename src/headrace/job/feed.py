@@ -185,6 +185,8 @@ class Feed:
             warnings=list(draft.warnings),
             prefix=prefix,
             shortened=shortened,
+            dimensions=draft.vector.size,
+            as_text=draft.vector.as_text,
         )
         return Finished(draft.row, record, key if answer.error is None else None)
 

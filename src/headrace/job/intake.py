@@ -19,9 +19,10 @@ from headrace.cache.policies.choice import FULL
 from headrace.checkpoint import Checkpoint, Tokenizer, name_model, open_checkpoint
 from headrace.core import Constraint, InputError, RowError, SamplingParams
 from headrace.engine.loading import describe_weights
+from headrace.job.batch_rows import BatchDrafter
 from headrace.job.drafts import Drafter, default_params
+from headrace.job.embeddings import open_embedder
 from headrace.job.journal import Journal, open_journal
-from headrace.job.openai import BatchDrafter
 from headrace.job.results import ResultFormat
 from headrace.job.sources import Source, find_kind, hash_file, looks_like_batch, open_source, sniff_kind
 from headrace.job.table import TableDrafter, compile_template, constrain, fill_template, read_constraint, read_template
@@ -52,8 +53,9 @@ class Ask:
 
     def make_drafter(self, batch: bool, tokenizer: Tokenizer) -> Drafter:
         if self.template is None:
-            return BatchDrafter(tokenizer, self.params, self.run.unknown_fields)
-        return TableDrafter(tokenizer, self.template, self.run, self.params)
+            return BatchDrafter(tokenizer, self.params, self.run.unknown_fields, self.engine.model)
+        embedder = open_embedder(self.engine.model) if self.run.embed else None
+        return TableDrafter(tokenizer, self.template, self.run, self.params, embedder)
 
     def settings(self) -> dict[str, Any]:
         files = {"input": self.source, "output": str(self.output)}
@@ -85,6 +87,8 @@ def read_ask(source: str, output: str, engine: EngineOptions, sampling: Sampling
     path, template, constraint = Path(output), read_template(run), read_constraint(run)
     if template is not None:
         compile_template(template)
+    if run.embed:
+        check_embed(run, template, constraint)
     params = constrain(default_params(sampling), constraint)
     if source != STDIN:
         check_input(Path(source), path)
@@ -99,6 +103,15 @@ def read_ask(source: str, output: str, engine: EngineOptions, sampling: Sampling
     ResultFormat(path, batch=True, model="", fingerprint="")
     most, loss = read_max_errors(run.max_errors), read_kv_loss(run, engine)
     return Ask(source, path, engine, sampling, run, template, constraint, params, most, loss)
+
+
+def check_embed(run: RunOptions, template: str | None, constraint: Constraint | None) -> None:
+    """Raises InputError for settings that mean nothing to a vector."""
+    if template is None:
+        rows = "rows of an OpenAI Batch file ask for vectors by the url /v1/embeddings"
+        raise InputError(f"embed needs a prompt template, such as --prompt '{{{{ text }}}}'; {rows}")
+    if constraint is not None or run.system is not None:
+        raise InputError("embed makes vectors of texts: leave out the system message and what outputs must match")
 
 
 def check_input(path: Path, output: Path) -> None:
@@ -253,6 +266,7 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
         "prompt": ask.template,
         "system": run.system,
         "chat": run.chat,
+        "embed": run.embed or None,
         "id_column": run.id_column,
         "constraint": None if ask.constraint is None else asdict(ask.constraint),
         "unknown_fields": run.unknown_fields,

@@ -1,6 +1,6 @@
-"""Rows of an OpenAI Batch file into prompts and parameters. Knows nothing of files, engines or answers.
+"""Bodies of OpenAI's requests into prompts and parameters. Knows nothing of files, engines or answers.
 
-Each field is known (it is used, or it cannot change the output) or it is refused: the default is an error for the row.
+Each field is known (it is used, or it cannot change the output) or it is refused: the default is an error.
 A field that is null counts as absent, as in OpenAI's API.
 """
 
@@ -15,13 +15,11 @@ from headrace.checkpoint import Tokenizer
 from headrace.core import Constraint, RowError, SamplingParams
 from headrace.job.drafts import Draft
 from headrace.job.fields import MOST_TOKENS, Fields, read_structure
-from headrace.job.sources import Row
 from headrace.job.table import render_chat
 from headrace.job.tool_formats import choose_format
 from headrace.job.tools import Tools, read_message_tools, read_tools
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-LINE_FIELDS = ("custom_id", "method", "url", "body")
 # Every step looks at all of them, for each of up to 128 answers.
 MOST_BIASES, MOST_STOP_TOKENS = 4096, 1024
 # What the chat template gets from elsewhere in the body, and its own words.
@@ -61,41 +59,6 @@ NUMBERS = (
 SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 
 
-class BatchDrafter:
-    """Understands the rows of an OpenAI Batch file."""
-
-    def __init__(self, tokenizer: Tokenizer, defaults: SamplingParams, unknown: Unknown) -> None:
-        self.reader = BodyReader(tokenizer, defaults, unknown)
-        self.named = True
-
-    def name(self, row: Row) -> str:
-        value = row.value or {}
-        if "custom_id" not in value:
-            raise RowError("missing_field", "the row has no custom_id")
-        name = value["custom_id"]
-        if not isinstance(name, str) or not name:
-            raise RowError("invalid_value", "custom_id must be a text that is not empty")
-        return name
-
-    def draft(self, row: Row, row_id: str) -> Draft:
-        record = row.value or {}
-        for name in LINE_FIELDS[1:]:
-            if name not in record:
-                raise RowError("missing_field", f"the row has no {name}")
-        if record["method"] != "POST":
-            raise RowError("invalid_value", f"method must be POST, got {record['method']!r:.40}")
-        if record["url"] not in (CHAT, COMPLETIONS):
-            raise RowError("unknown_url", f"url must be {CHAT} or {COMPLETIONS}, got {record['url']!r:.80}")
-        if not isinstance(record["body"], dict):
-            raise RowError("invalid_value", "body must be an object")
-        draft = self.reader.read(
-            record["url"], record["body"], row_id, tuple(name for name in record if name not in LINE_FIELDS)
-        )
-        if draft.echo and draft.params.logprobs is not None:
-            raise RowError("invalid_value", "body.echo together with logprobs is not supported in a batch")
-        return replace(draft, row=row.index, line=row.line)
-
-
 class BodyReader:
     """Understands the bodies of /v1/chat/completions and /v1/completions; `defaults` fill what a body does not say.
 
@@ -117,9 +80,10 @@ class BodyReader:
         fields = Fields(body, self.prefix)
         draft = Draft(0, 0, name, "", self.defaults, url=url, model=fields.text("model"))
         draft = self._chat(fields, draft) if url == CHAT else self._completion(fields, draft)
-        return replace(draft, warnings=self._judge([*fields.left(), *unknown]))
+        return replace(draft, warnings=self.judge([*fields.left(), *unknown]))
 
-    def _judge(self, unknown: list[str]) -> tuple[str, ...]:
+    def judge(self, unknown: list[str]) -> tuple[str, ...]:
+        """What to say of fields that nobody knows. Raises RowError where none may be there."""
         if unknown and self.unknown == "error":
             names = ", ".join(unknown)
             message = f"{names}: not supported; take it out, or choose --unknown-fields warn or ignore"

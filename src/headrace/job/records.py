@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from enum import IntFlag
 
 import msgspec
+import numpy as np
 
 from headrace.core import RowError
 from headrace.engine.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from headrace.job.embeddings import Vector, cut, pack, unpack
 from headrace.job.tool_formats import ToolFormat
 
 Decode = Callable[[int], bytes]
@@ -49,11 +51,12 @@ class Failure(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True):
-    """The part of a record that identical rows share."""
+    """The part of a record that identical rows share. `embedding` is a whole vector, little-endian float32."""
 
     prompt_tokens: int = 0
     choices: list[Choice] = []
     error: Failure | None = None
+    embedding: bytes | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -61,7 +64,8 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Record(msgspec.Struct, array_like=True, frozen=True):
-    """One finished row. `line` is from 1; `url` and `model` are an OpenAI Batch row's own; `prefix` is echoed text."""
+    """One finished row. `line` is from 1; `url` and `model` are an OpenAI Batch row's own; `prefix` is echoed text;
+    `dimensions` and `as_text` say how its vector is wanted."""
 
     id: str
     line: int
@@ -72,6 +76,14 @@ class Record(msgspec.Struct, array_like=True, frozen=True):
     warnings: list[str] = []
     prefix: str = ""
     shortened: bool = False
+    dimensions: int | None = None
+    as_text: bool = False
+
+    @property
+    def vector(self) -> Vector | None:
+        """What the row wanted of its vector, of length 1."""
+        data = self.answer.embedding
+        return None if data is None else cut(unpack(data), self.dimensions)
 
 
 class Traits(IntFlag):
@@ -81,6 +93,7 @@ class Traits(IntFlag):
     WARNINGS = 2
     CHOICES = 4
     SHORTENED = 8
+    EMBEDDINGS = 16
 
 
 def find_traits(record: Record) -> Traits:
@@ -91,6 +104,8 @@ def find_traits(record: Record) -> Traits:
         traits |= Traits.WARNINGS
     if len(record.answer.choices) > 1:
         traits |= Traits.CHOICES
+    if record.answer.embedding is not None:
+        traits |= Traits.EMBEDDINGS
     return traits | (Traits.SHORTENED if record.shortened else Traits(0))
 
 
@@ -105,6 +120,9 @@ def make_answer(output: RequestOutput, decode: Decode, form: ToolFormat | None =
     """
     if output.error is not None:
         return failed(output.error, len(output.prompt_token_ids))
+    if output.embedding is not None:
+        vector = pack(np.array(output.embedding, dtype=np.float32))
+        return Answer(len(output.prompt_token_ids), embedding=vector)
     choices = [make_choice(each, decode, form) for each in output.outputs]
     return Answer(len(output.prompt_token_ids), choices)
 

@@ -30,7 +30,9 @@ def draw_sample(source: Source, rows: int, drafter: Drafter, tokenizer: Tokenize
         if row.index in places:
             # What is wrong with a row the job itself says.
             with suppress(RowError):
-                requests.append(read_row(row, drafter, tokenizer, context))
+                request = read_row(row, drafter, tokenizer, context)
+                # Of a row that only wants a vector no answer can be lost.
+                requests += [request] if request.generates else []
         if row.index >= places[-1]:
             break
     while sum(len(each.prompt_token_ids) for each in requests) > SAMPLE_TOKENS and len(requests) >= 2 * LEAST_ROWS:

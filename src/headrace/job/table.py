@@ -13,6 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from headrace.checkpoint import Tokenizer
 from headrace.core import Constraint, InputError, RowError, SamplingParams
 from headrace.job.drafts import Draft
+from headrace.job.embeddings import Embedder
 from headrace.job.sources import Row
 from headrace.options import RunOptions
 
@@ -20,8 +21,17 @@ from headrace.options import RunOptions
 class TableDrafter:
     """Fills the template from a row's columns; an empty (null) cell is empty text, a missing column an error."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str, run: RunOptions, params: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        run: RunOptions,
+        params: SamplingParams,
+        embedder: Embedder | None = None,
+    ) -> None:
+        """embedder: rows become vectors and are not answered."""
         self.tokenizer = tokenizer
+        self.embedder = embedder
         self.template = compile_template(template)
         self.run = run
         self.params = params
@@ -40,6 +50,9 @@ class TableDrafter:
 
     def draft(self, row: Row, row_id: str) -> Draft:
         text = fill_template(self.template, row.value or {})
+        if self.embedder is not None:
+            params = SamplingParams(max_tokens=1)
+            return Draft(row.index, row.line, row_id, text, params, embed=self.embedder.pooling)
         if not self.chat:
             prompt = text if self.run.system is None else f"{self.run.system}\n\n{text}"
             return Draft(row.index, row.line, row_id, prompt, self.params)

@@ -23,7 +23,8 @@ def describe_model(service: Service, name: str) -> dict[str, Any]:
     found = {"id": name, "object": "model", "created": int(service.stats.began), "owned_by": "headrace"}
     for served, _, llm in service.models.loaded():
         if served == name:
-            found |= {"max_model_len": llm.context_length, "precision": llm.resolved["precision"]}
+            precision, kv = llm.resolved["precision"], llm.options.kv
+            found |= {"max_model_len": llm.context_length, "precision": precision, "kv": kv}
     return found
 
 

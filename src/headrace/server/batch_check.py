@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace.core import RowError
+from headrace.job.batch_rows import LINE_FIELDS
 from headrace.job.drafts import Drafter
-from headrace.job.openai import LINE_FIELDS
 from headrace.job.sources import JsonLines, Row
 from headrace.server.batch_object import MOST_ERRORS, BatchError
 from headrace.server.errors import find_param

@@ -18,10 +18,11 @@ import msgspec
 
 from headrace import __version__
 from headrace.core import HeadraceError, SamplingParams
+from headrace.job.batch_rows import BatchDrafter
 from headrace.job.feed import Feed
 from headrace.job.intake import COMPUTING, digest
 from headrace.job.journal import Finished, Journal, compare
-from headrace.job.openai import BatchDrafter, Unknown
+from headrace.job.openai import Unknown
 from headrace.job.sources import JsonLines
 from headrace.llm import LLM
 from headrace.meter.report import list_versions
@@ -169,7 +170,7 @@ class BatchRun:
             raise BatchFailed("model_unavailable", str(error)) from None
 
     def _make_drafter(self, llm: LLM) -> BatchDrafter:
-        return BatchDrafter(llm.tokenizer, self.settings.defaults(llm), self.settings.unknown)
+        return BatchDrafter(llm.tokenizer, self.settings.defaults(llm), self.settings.unknown, llm.options.model)
 
     # Rows.
 

@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from headrace.job.openai import CHAT, COMPLETIONS
+from headrace.job.batch_rows import ENDPOINTS
 from headrace.job.stop import DISK_ERRORS
 from headrace.server.batch_object import Batch, describe_page
 from headrace.server.batch_run import BatchRun, BatchSettings, Closing, Models
@@ -24,7 +24,6 @@ from headrace.server.limits import parse_json
 from headrace.server.store import Page, Store, make_id, now, refuse_full_disk
 
 LOG = logging.getLogger("headrace.server")
-ENDPOINTS = (CHAT, COMPLETIONS)
 # Batches that are answered at the same time; the others wait in the order in which they came.
 MOST_RUNNING = 2
 # Seconds after which a batch tries again that the disk has refused, or whose worker went away.

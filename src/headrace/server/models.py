@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
+from headrace.cache.policies.choice import spell_policy
 from headrace.checkpoint import open_checkpoint
 from headrace.core import HeadraceError, InputError
 from headrace.engine.memory import read_available_bytes
@@ -30,16 +31,23 @@ LOOK = 5.0
 class Models:
     """Workers by the names that clients give. The first model stays; further ones come and go.
 
+    A model under a further KV policy is a further model, MODEL:POLICY: it has an engine and a KV cache of its own.
+    Packed weights are mapped from a file, so both read the same memory.
+
     Belongs to the event loop, but for `open_worker`, `known_models` and `hold`, which batches call from their threads.
     """
 
     def __init__(self, engine: EngineOptions, serve: ServeOptions) -> None:
-        """Raises InputError where two models have one name."""
+        """Raises InputError where two models have one name, and for KV policies that cannot be read."""
         also = serve.also
         self.options = {name_served(each): replace(engine, model=each) for each in (engine.model, *also)}
         if len(self.options) != 1 + len(also):
             raise InputError(f"two of the models have one name: {', '.join(map(name_served, (engine.model, *also)))}")
         self.first = next(iter(self.options))
+        policies = dict.fromkeys(spell_policy(each) for each in serve.kv_also)
+        self.options |= {
+            f"{name}:{kv}": replace(options, kv=kv) for name, options in self.options.items() for kv in policies
+        }
         self.workers: dict[str, Worker] = {}
         self._serve = serve
         self._turns = Turns()
@@ -74,10 +82,16 @@ class Models:
         """The served name that a client means; the first model where it names none."""
         if not name or name in self.options:
             return name or self.first
+        squeezed = "".join(name.split())
         for served, options in self.options.items():
             worker = self.workers.get(served)
             ready = worker is not None and worker.ready.done() and worker.ready.exception() is None
-            if name == options.model or (worker and ready and name == worker.ready.result().model_name):
+            # However the client spaces a policy, it is the one.
+            if (
+                squeezed == "".join(served.split())
+                or name == options.model
+                or (worker and ready and name == worker.ready.result().model_name)
+            ):
                 return served
         known = ", ".join(self.options)
         raise ApiError(404, "model_not_found", f"model {name!r:.80} is not served here; {known} is", "model")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from headrace import __version__
-from headrace.job.openai import CHAT, COMPLETIONS, NO_EFFECT
+from headrace.job.batch_rows import ENDPOINTS
+from headrace.job.openai import NO_EFFECT
 from headrace.server.schemas import (
     CHAT_BODY,
     COMPLETION_BODY,
@@ -119,7 +120,7 @@ def batch_paths() -> Schema:
     batch = record(
         {
             "input_file_id": {"type": "string"},
-            "endpoint": {"enum": [CHAT, COMPLETIONS]},
+            "endpoint": {"enum": list(ENDPOINTS)},
             "completion_window": {"enum": ["24h"]},
             "metadata": {"type": ["object", "null"]},
             "output_expires_after": {"type": ["object", "null"]},

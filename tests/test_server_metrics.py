@@ -16,10 +16,12 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from headrace.core import InputError
+from headrace.meter.counters import StoreCounts
 from headrace.server.metrics import EngineSnapshot, HttpMetrics, Metrics
 from headrace.server.tracing import NoTracer, RequestTrace, SpanTracer, describe_trace, open_tracer
 
-BUSY = EngineSnapshot("small", 3, 2, 50, 250, 1000, 4, 900, 600, 300, mfu=0.25, mbu=0.5, floor_share=0.75)
+STORE = StoreCounts(bytes_written=70, bytes_read=50, blocks_refused=1, tokens_restored=64)
+BUSY = EngineSnapshot("small", 3, 2, 50, 250, 1000, 4, 900, 600, 300, 0.25, 0.5, 0.75, STORE)
 IDLE = EngineSnapshot("large", 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 Series = tuple[str, tuple[tuple[str, str], ...]]
@@ -81,6 +83,10 @@ def test_engines_are_asked_when_the_page_is_read() -> None:
         "prefix_cache_query_tokens_total": 900,
         "prefix_cache_hit_tokens_total": 600,
         "preemptions_total": 4,
+        "kv_dir_restored_tokens_total": 64,
+        "kv_dir_read_bytes_total": 50,
+        "kv_dir_written_bytes_total": 70,
+        "kv_dir_refused_blocks_total": 1,
     }
     assert {name: value(samples, name, model="small") for name in expected} == expected
     assert (

@@ -7,13 +7,15 @@ route's pattern, never what a client wrote: each new label value stays for as lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headrace.meter.counters import StoreCounts
 
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 OTHER = "other"
@@ -47,6 +49,7 @@ class EngineSnapshot:
     mfu: float | None = None
     mbu: float | None = None
     floor_share: float | None = None
+    kv_store: StoreCounts = field(default_factory=StoreCounts)
 
 
 GAUGES: dict[str, tuple[str, Callable[[EngineSnapshot], float | None]]] = {
@@ -71,6 +74,16 @@ COUNTERS: dict[str, tuple[str, Callable[[EngineSnapshot], float]]] = {
     ),
     "prefix_cache_hit_tokens_total": ("Prompt tokens found there.", lambda each: each.cached_prompt_tokens),
     "preemptions_total": ("Times that a sequence lost its memory and began again.", lambda each: each.preemptions),
+    "kv_dir_restored_tokens_total": (
+        "Prompt tokens whose KV came back from --kv-dir.",
+        lambda each: each.kv_store.tokens_restored,
+    ),
+    "kv_dir_read_bytes_total": ("KV read from --kv-dir.", lambda each: each.kv_store.bytes_read),
+    "kv_dir_written_bytes_total": ("KV written to --kv-dir.", lambda each: each.kv_store.bytes_written),
+    "kv_dir_refused_blocks_total": (
+        "KV blocks in --kv-dir whose bytes were not those that had been written.",
+        lambda each: each.kv_store.blocks_refused,
+    ),
 }
 
 

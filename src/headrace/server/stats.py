@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from headrace import __version__
@@ -125,6 +126,7 @@ class Stats:
             mfu=mfu,
             mbu=mbu,
             floor_share=floor_share,
+            kv_store=replace(counters.kv_store),
         )
 
     def _utilisation(self, name: str, llm: LLM) -> tuple[float | None, float | None, float | None]:

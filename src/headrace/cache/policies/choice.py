@@ -42,7 +42,13 @@ POLICIES: dict[str, type[KVPolicy]] = {
 # Keeps all as it was computed: what others are measured against, and what is gone back to.
 FULL = "plain"
 # What a budget for the loss is tried on, beside the full cache: each seals blocks, so prefixes stay shared.
-CANDIDATES = ("kivi(k=2, v=2)", "kivi(k=4, v=2)", "kivi(k=4, v=4)", "kivi(k=8, v=8)")
+CANDIDATES = (
+    "kivi(k=2, v=2)",
+    "kivi(k=2, v=2, first=32)",
+    "kivi(k=4, v=2)",
+    "kivi(k=4, v=4)",
+    "kivi(k=8, v=8)",
+)
 # What forecasts are compared under.
 COMPARED = ("kivi(k=4, v=4)", "kivi(k=2, v=2)")
 

@@ -140,6 +140,9 @@ def test_a_tables_rows_become_vectors(tiny_model: Path, tmp_path: Path) -> None:
     run(tiny_model, source, tmp_path / "out.parquet", prompt="{{ text }}", embed=True)
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.schema.field("embedding").type == pa.list_(pa.float32())
+    assert table.column_names == ["id", "text", "output", "embedding", "prompt_tokens", "error"], (
+        "output is the input's"
+    )
     with LLM(**vars(engine_options(tiny_model))) as llm:
         assert np.allclose(table["embedding"].to_pylist(), llm.embed([row["text"] for row in TABLE]), atol=1e-7)
     for own, message in (({}, "embed needs a prompt template"), ({"prompt": "a", "regex": "b"}, "leave out")):

@@ -44,7 +44,7 @@ def test_what_was_saved_is_read_back_in_order(tmp_path: Path) -> None:
     assert [(row, record) for row, record in journal.records()][:2] == [(0, rich), (1, wrong)]
     assert journal.finished_between(1, 2) == {1, 2} and journal.finished_between(4, 9) == set()
     assert journal.totals() == Totals(rows=4, failed=1, prompt_tokens=22, output_tokens=11)
-    assert journal.traits() == Traits.LOGPROBS | Traits.WARNINGS | Traits.CHOICES
+    assert journal.traits() == Traits.LOGPROBS | Traits.WARNINGS | Traits.CHOICES | Traits.TEXTS
     assert journal.count_trait(Traits.CHOICES) == 1
     journal.close()
 

@@ -52,10 +52,14 @@ def result_columns(taken: Iterable[str], traits: Traits, schema: Mapping[str, An
         names.add(name)
         return name
 
-    wanted = [("output", pa.string()), ("finish_reason", pa.string()), ("prompt_tokens", pa.int64())]
-    wanted += [("output_tokens", pa.int64()), ("error", pa.string())]
+    vectors = bool(Traits.EMBEDDINGS & traits)
+    texts = bool(Traits.TEXTS & traits) or not vectors
+    wanted = [("output", pa.string()), ("finish_reason", pa.string())] if texts else []
+    wanted += [("embedding", pa.list_(pa.float32()))] if vectors else []
+    wanted += [("prompt_tokens", pa.int64())]
+    wanted += [("output_tokens", pa.int64())] if texts else []
+    wanted += [("error", pa.string())]
     wanted += [("logprobs", pa.string())] if Traits.LOGPROBS & traits else []
-    wanted += [("embedding", pa.list_(pa.float32()))] if Traits.EMBEDDINGS & traits else []
     wanted += [("warnings", pa.string())] if Traits.WARNINGS & traits else []
     columns = [Column(key, choose(key), kind) for key, kind in wanted]
     for name, definition in (schema or {}).get("properties", {}).items():

@@ -94,6 +94,7 @@ class Traits(IntFlag):
     CHOICES = 4
     SHORTENED = 8
     EMBEDDINGS = 16
+    TEXTS = 32
 
 
 def find_traits(record: Record) -> Traits:
@@ -106,6 +107,8 @@ def find_traits(record: Record) -> Traits:
         traits |= Traits.CHOICES
     if record.answer.embedding is not None:
         traits |= Traits.EMBEDDINGS
+    if record.answer.choices:
+        traits |= Traits.TEXTS
     return traits | (Traits.SHORTENED if record.shortened else Traits(0))
 
 

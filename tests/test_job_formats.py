@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from jobs import answer_of, batch_row, batch_rows, engine_options, read_lines, run, write_lines
 
 from headrace import LLM
-from headrace.core import InputError
+from headrace.core import InputError, ModelError
 from headrace.job.columns import convert, infer_schema, read_json_type, result_columns
 from headrace.job.records import Traits
 from headrace.job.sources import JsonLines
@@ -111,6 +112,8 @@ def test_rows_may_ask_for_vectors(tiny_model: Path, tmp_path: Path) -> None:
         embedding_row("long", "word " * 2000),
         embedding_row("wide", "a", dimensions=100_000),
         embedding_row("empty", ""),
+        embedding_row("model", "a", model=5),
+        embedding_row("huge", [2**63]),
     ]
     report = run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
     found = {line["custom_id"]: line["response"]["body"] for line in read_lines(tmp_path / "out.jsonl")}
@@ -129,7 +132,8 @@ def test_rows_may_ask_for_vectors(tiny_model: Path, tmp_path: Path) -> None:
     assert found["tokens"]["usage"]["prompt_tokens"] == 3 and found["chat"]["object"] == "chat.completion"
     errors = {line["custom_id"]: line["error"] for line in read_lines(tmp_path / "out.errors.jsonl")}
     assert {name: error["code"] for name, error in errors.items()} == {
-        "several": "invalid_value", "long": "context_length", "wide": "invalid_value", "empty": "invalid_value"
+        "several": "invalid_value", "long": "context_length", "wide": "invalid_value", "empty": "invalid_value",
+        "model": "invalid_value", "huge": "invalid_value",
     }  # fmt: skip
     assert "give each a row of its own" in errors["several"]["message"]
     assert report["rows_shared"] == 3, "equal texts are computed once, however their vectors are wanted"
@@ -145,6 +149,14 @@ def test_a_tables_rows_become_vectors(tiny_model: Path, tmp_path: Path) -> None:
     )
     with LLM(**vars(engine_options(tiny_model))) as llm:
         assert np.allclose(table["embedding"].to_pylist(), llm.embed([row["text"] for row in TABLE]), atol=1e-7)
+    (tiny_model / "1_Pooling").mkdir()
+    (tiny_model / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    try:
+        with pytest.raises(ModelError, match="pooling_mode_cls_token is not supported"):
+            run(tiny_model, source, tmp_path / "cls.csv", prompt="{{ text }}", embed=True)
+    finally:
+        shutil.rmtree(tiny_model / "1_Pooling")
+    run(tiny_model, source, tmp_path / "cls.csv", prompt="{{ text }}")
     for own, message in (({}, "embed needs a prompt template"), ({"prompt": "a", "regex": "b"}, "leave out")):
         with pytest.raises(InputError, match=message):
             run(tiny_model, source, tmp_path / "other.csv", embed=True, **own)

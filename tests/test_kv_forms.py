@@ -379,6 +379,8 @@ def test_chunks_of_pairs_are_no_longer_than_the_residual(folder: Path, model: Mo
         ("infllm+kivi(k=4)", "reads tokens head by head"),
         ("kvmerger+kivi(k=4)", "adds a number to each score"),
         ("minicache+kivi(first=32)", "only where it stands alone"),
+        ("tova+(snapkv+kivi)", "only kivi can stand after a +"),
+        ("minicache+(minicache+kivi)", "only kivi can stand after a +"),
         ("kivi-minicache", "cannot be read"),
     ],
 )

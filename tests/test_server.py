@@ -424,9 +424,13 @@ def test_a_client_chooses_a_kv_policy_by_the_models_name(tmp_path: Path) -> None
     assert found[f"tiny:{kv}"] == pytest.approx(logprobs, abs=1e-6)
 
 
-def test_a_kv_policy_that_cannot_be_read_keeps_the_server_from_starting(tiny_model: Path) -> None:
+def test_a_kv_policy_that_cannot_serve_keeps_the_server_from_starting(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="there is no policy 'kivy'"):
         RunningServer(tiny_model, "--kv-also", "kivy")
+    with pytest.raises(RuntimeError, match="head size 16 cannot be sealed"):
+        RunningServer(tiny_model, "--kv-also", "kivi", "--block-size", "32")
+    with pytest.raises(RuntimeError, match="with kv snapkv none are shared"):
+        RunningServer(tiny_model, "--kv-also", "snapkv", "--kv-dir", str(tmp_path))
 
 
 def test_a_request_to_a_model_that_was_just_freed_fails(tiny_model: Path) -> None:

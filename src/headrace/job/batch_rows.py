@@ -61,7 +61,8 @@ class BatchDrafter:
             embedder = self._open_embedder()
         except ModelError as error:
             raise RowError("unsupported_model", str(error)) from None
-        model, fields = body.get("model"), Fields(body, "body.")
+        fields = Fields(body, "body.")
+        model = fields.text("model")
         inputs, form = read_asked(fields, embedder)
         if len(inputs) > 1:
             raise RowError("invalid_value", "body.input holds several texts: in a batch give each a row of its own")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from headrace.checkpoint import open_checkpoint
 from headrace.checkpoint.pooling import read_pooling
 from headrace.core import Pooling, RowError
-from headrace.job.fields import Fields
+from headrace.job.fields import MOST_TOKENS, Fields
 from headrace.model.loading import read_config
 
 EMBEDDINGS = "/v1/embeddings"
@@ -65,10 +65,13 @@ def read_inputs(value: Any, prefix: str) -> list[str | list[int]]:
     if len(value) > MOST_INPUTS:
         raise RowError("invalid_value", f"{prefix}input holds more than {MOST_INPUTS} texts")
     for place, each in enumerate(value):
-        right = isinstance(each, str) or (isinstance(each, list) and all(type(token) is int for token in each))
-        if not right or not each:
+        if (not isinstance(each, str) and not is_tokens(each)) or not each:
             raise RowError("invalid_value", f"{prefix}input[{place}] must be a text or token ids, and not empty")
     return value
+
+
+def is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each < MOST_TOKENS for each in value)
 
 
 def describe_vector(vector: Vector, form: VectorForm, index: int = 0) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
         "prompt": ask.template,
         "system": run.system,
         "chat": run.chat,
-        "embed": run.embed or None,
+        "embed": open_embedder(engine.model).pooling if run.embed else None,
         "id_column": run.id_column,
         "constraint": None if ask.constraint is None else asdict(ask.constraint),
         "unknown_fields": run.unknown_fields,

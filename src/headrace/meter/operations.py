@@ -32,8 +32,8 @@ class Product:
 class ModelShape:
     """What counting needs of a model. item_bytes is one activation's or cache entry's; format that of attention.
 
-    older_bytes are those of one older token's key and value in a layer that sees all tokens, as the cache keeps it;
-    None for as it was computed.
+    older_bytes are those of one older token in a layer that sees all tokens, as the cache keeps it, with what a policy
+    keeps beside its key and value; None for as it was computed.
     """
 
     products: tuple[Product, ...]

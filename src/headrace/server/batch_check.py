@@ -16,6 +16,7 @@ from headrace.job.drafts import Drafter
 from headrace.job.sources import JsonLines, Row
 from headrace.server.batch_object import MOST_ERRORS, BatchError
 from headrace.server.errors import find_param
+from headrace.server.names import find_name
 
 MOST_ROWS = 50_000
 # Lines and bodies, some milliseconds of work, between two pauses in which other threads have Python to themselves.
@@ -74,9 +75,10 @@ def check_row(row: Row, endpoint: str, models: list[str], found: Findings) -> No
         raise RowError("duplicate_custom_id", f"custom_id {name!r:.80} is that of line {first} already")
     if value["url"] != endpoint:
         raise RowError("mismatched_url", f"url is {value['url']!r:.80}; the batch is for {endpoint}")
-    model = (body.get("model") if isinstance(body, dict) else None) or models[0]
-    if model not in models:
-        raise RowError("model_not_found", f"body.model is {model!r:.80}, not served here; {', '.join(models)} is")
+    asked = (body.get("model") if isinstance(body, dict) else None) or models[0]
+    model = find_name(asked, models) if isinstance(asked, str) else None
+    if model is None:
+        raise RowError("model_not_found", f"body.model is {asked!r:.80}, not served here; {', '.join(models)} is")
     found.model = found.model or model
     if model != found.model:
         raise RowError("mismatched_model", f"body.model is {model!r:.80}; the rows before name {found.model!r:.80}")

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 from headrace import __version__
+from headrace.cache.policies.choice import FULL
 from headrace.core import HeadraceError, SamplingParams
 from headrace.job.batch_rows import BatchDrafter
 from headrace.job.feed import Feed
@@ -279,6 +280,8 @@ def describe_settings(llm: LLM, defaults: SamplingParams, unknown: Unknown) -> d
         "model": llm.model_hash,
         "tokenizer": digest(vocabulary),
         **{name: llm.resolved[name] or None for name in named},
+        "kv": None if llm.options.kv == FULL else llm.options.kv,
+        "block_size": None if llm.options.kv == FULL else llm.options.block_size,
         "defaults": digest(defaults),
         "unknown_fields": unknown,
         **{f"version of {name}": number for name, number in list_versions().items() if name in COMPUTING},

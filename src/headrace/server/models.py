@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from threading import Lock
 
 from headrace.cache.policies.choice import spell_policy
@@ -18,7 +17,9 @@ from headrace.core import HeadraceError, InputError
 from headrace.engine.memory import read_available_bytes
 from headrace.llm import LLM
 from headrace.options import EngineOptions, ServeOptions
+from headrace.plan.site import open_site
 from headrace.server.errors import ApiError
+from headrace.server.names import find_name, name_served
 from headrace.server.pace import Pace
 from headrace.server.turns import Turns
 from headrace.server.worker import Worker
@@ -32,22 +33,26 @@ class Models:
     """Workers by the names that clients give. The first model stays; further ones come and go.
 
     A model under a further KV policy is a further model, MODEL:POLICY: it has an engine and a KV cache of its own.
-    Packed weights are mapped from a file, so both read the same memory.
+    Weights that are kept packed are mapped from their file, so both read the same memory.
 
     Belongs to the event loop, but for `open_worker`, `known_models` and `hold`, which batches call from their threads.
     """
 
     def __init__(self, engine: EngineOptions, serve: ServeOptions) -> None:
-        """Raises InputError where two models have one name, and for KV policies that cannot be read."""
+        """Raises InputError where two models have one name, and for KV policies that cannot serve their models."""
         also = serve.also
         self.options = {name_served(each): replace(engine, model=each) for each in (engine.model, *also)}
         if len(self.options) != 1 + len(also):
             raise InputError(f"two of the models have one name: {', '.join(map(name_served, (engine.model, *also)))}")
         self.first = next(iter(self.options))
+        # Those without a policy in their names: only they have other names too.
+        self._plain = list(self.options)
         policies = dict.fromkeys(spell_policy(each) for each in serve.kv_also)
         self.options |= {
             f"{name}:{kv}": replace(options, kv=kv) for name, options in self.options.items() for kv in policies
         }
+        for options in self.options.values() if policies else ():
+            check_policy(options)
         self.workers: dict[str, Worker] = {}
         self._serve = serve
         self._turns = Turns()
@@ -80,18 +85,14 @@ class Models:
 
     def find(self, name: str | None) -> str:
         """The served name that a client means; the first model where it names none."""
-        if not name or name in self.options:
-            return name or self.first
-        squeezed = "".join(name.split())
-        for served, options in self.options.items():
+        found = find_name(name, self.options) if name else self.first
+        if found is not None:
+            return found
+        for served in self._plain:
             worker = self.workers.get(served)
             ready = worker is not None and worker.ready.done() and worker.ready.exception() is None
-            # However the client spaces a policy, it is the one.
-            if (
-                squeezed == "".join(served.split())
-                or name == options.model
-                or (worker and ready and name == worker.ready.result().model_name)
-            ):
+            aliases = [self.options[served].model] + ([worker.ready.result().model_name] if worker and ready else [])
+            if name in aliases:
                 return served
         known = ", ".join(self.options)
         raise ApiError(404, "model_not_found", f"model {name!r:.80} is not served here; {known} is", "model")
@@ -160,7 +161,8 @@ class Models:
         LOG.info("freed %s", name)
 
 
-def name_served(model: str) -> str:
-    """The name by which clients call a model: a path's last part."""
-    path = Path(model)
-    return (path.stem if path.suffix == ".gguf" else path.name) if path.exists() else model
+def check_policy(options: EngineOptions) -> None:
+    """Raises InputError, before anything is loaded, where the KV policy cannot serve the model."""
+    layout = open_site(options, open_checkpoint(options.model)).memory.layout
+    if options.kv_dir is not None and not layout.shares_prefixes:
+        raise InputError(f"kv_dir keeps prefixes and with kv {options.kv} none are shared: leave one of the two out")

@@ -93,10 +93,10 @@ def combine(first: KVPolicy, second: KVPolicy, expression: str) -> KVPolicy:
     """One policy that does what both say. Raises InputError, saying why, for two that cannot be combined."""
     if isinstance(first, Plain) or isinstance(second, Plain):
         raise InputError(f"kv {expression!r}: plain keeps everything as it is; leave it out")
-    if second.form is None:
+    if not isinstance(second, Kivi):
         can = "only kivi can stand after a +: it rounds what the policy before it leaves"
         raise InputError(f"kv {expression!r}: {can}; put it last, and use one other policy")
-    if isinstance(second, Kivi) and second.first:
+    if second.first:
         raise InputError(f"kv {expression!r}: kivi keeps the first tokens exact only where it stands alone")
     if isinstance(first, Sealable):
         return first.with_sealing(second.form, second.residual)

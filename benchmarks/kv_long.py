@@ -3,9 +3,9 @@
     python benchmarks/kv_long.py FOLDER --tokens 32000 --kv plain 'shadowkv(budget=2048)' [--sequences 2] [--output 64]
 
 FOLDER is a model as Hugging Face has it; its config is copied with linear scaling of the rotation, so what is
-generated is worth nothing. Prompts are random token ids. Each policy runs in a process of its own. Prints a Markdown table: the
-median of a step that computes one token of each sequence, and memory once the prompts are computed: fast is what the
-policy holds of the arena and beside it, slow is on disk. Run it with nothing else running.
+generated is worth nothing. Prompts are random token ids. Each policy runs in a process of its own. Prints a Markdown
+table: the median of a step that computes one token of each sequence, and memory once the prompts are computed: fast is
+what the policy holds of the arena and beside it, slow is on disk. Run it with nothing else running.
 """
 
 from __future__ import annotations

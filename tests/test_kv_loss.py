@@ -275,13 +275,23 @@ def test_what_cannot_be_asked_is_refused(
     assert not (tmp_path / "out.jsonl.journal").exists()
 
 
-@pytest.mark.parametrize("kv", ["kivy", "kivi(k=5)", "infllm(blocks=0)", "snapkv + h2o"])
+@pytest.mark.parametrize("kv", ["kivy", "kivi(k=5)", "infllm(blocks=0)", "snapkv + h2o", "snapkv"])
 def test_a_cache_that_cannot_be_had_leaves_no_journal_in_the_way(kv: str, folder: Path, tmp_path: Path) -> None:
     source, output = write_lines(tmp_path / "in.jsonl", make_rows([SHORT])), tmp_path / "out.jsonl"
     with pytest.raises(InputError):
-        run(folder, source, output, {"kv": kv})
+        run(folder, source, output, {"kv": kv, "kv_dir": str(tmp_path / "kept")})
     assert run(folder, source, output, {"kv": "kivi(k=4, v=4)"})["requests"] == 1
     assert run(folder, source, output, {"kv": " kivi( k=4,v=4 ) "})["requests"] == 1, "spaces make no other job"
+
+
+@pytest.mark.parametrize(("rows", "own"), [([LONG] * 8, {"embed": True}), ([100_000] * 8, {})])
+def test_a_job_without_answers_has_none_to_lose(
+    rows: list[int], own: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", make_rows(rows))
+    report = run(folder, source, tmp_path / "out.jsonl", kv_loss="5%", **own)
+    assert report["requests"] == 8 and report["failed"] == (0 if own else 8)
+    assert report["kv_loss"]["kv"] == "plain" and report["kv_loss"]["sample"] is None
 
 
 def test_another_cache_is_another_job(folder: Path, tmp_path: Path) -> None:

@@ -406,7 +406,7 @@ def test_a_second_model_is_loaded_when_asked_for(tiny_model: Path, tmp_path: Pat
 def test_a_client_chooses_a_kv_policy_by_the_models_name(tmp_path: Path) -> None:
     model, kv, prompt = make_tiny_model(tmp_path / "tiny", head_dim=32), "kivi(k=2, v=2)", list(range(3, 203))
     body = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "logprobs": 1, "ignore_eos": True}
-    flags = ("--kv-also", kv, "--kv-also", "snapkv", "--block-size", "32")
+    flags = ("--kv-also", kv, "--kv-also", "snapkv", "--block-size", "32", "--data", str(tmp_path / "data"))
     with serving(model, *flags) as server, server.client() as client:
         listed = [each["id"] for each in client.get("/v1/models").json()["data"]]
         assert listed == ["tiny", f"tiny:{kv}", "tiny:snapkv"]
@@ -417,7 +417,23 @@ def test_a_client_chooses_a_kv_policy_by_the_models_name(tmp_path: Path) -> None
             assert reply["model"] == name if name in listed else listed[1]
         refused = client.post("/v1/completions", json=body | {"model": "tiny:kivi(k=4)"})
         assert refused.status_code == 404 and f"tiny:{kv}" in refused.json()["error"]["message"]
-    assert found[f"tiny:{kv}"] == found["tiny: kivi(k=2,v=2) "] != found["tiny"]
+        row = {
+            "custom_id": "a",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": body | {"model": "tiny:kivi(k=2,v=2)"},
+        }
+        files = {"file": json.dumps(row).encode()}
+        file = client.post("/v1/files", files=files, data={"purpose": "batch"}).json()["id"]
+        asked = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = client.post("/v1/batches", json=asked).json()
+        while batch["status"] not in ("completed", "failed"):
+            time.sleep(0.05)
+            batch = client.get(f"/v1/batches/{batch['id']}").json()
+        assert batch["model"] == f"tiny:{kv}"
+        line = client.get(f"/v1/files/{batch['output_file_id']}/content").json()
+        found["batch"] = line["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"]
+    assert found[f"tiny:{kv}"] == found["tiny: kivi(k=2,v=2) "] == found["batch"] != found["tiny"]
     with LLM(str(model), kv=kv, precision="fp32", threads=1) as llm:
         (expected,) = llm.generate([prompt], SamplingParams(max_tokens=20, ignore_eos=True, logprobs=1), progress=False)
     logprobs = [each.logprob for each in expected.outputs[0].logprobs]
@@ -429,7 +445,7 @@ def test_a_kv_policy_that_cannot_serve_keeps_the_server_from_starting(tiny_model
         RunningServer(tiny_model, "--kv-also", "kivy")
     with pytest.raises(RuntimeError, match="head size 16 cannot be sealed"):
         RunningServer(tiny_model, "--kv-also", "kivi", "--block-size", "32")
-    with pytest.raises(RuntimeError, match="with kv snapkv none are shared"):
+    with pytest.raises(RuntimeError, match="with kv snapkv no prefixes are shared"):
         RunningServer(tiny_model, "--kv-also", "snapkv", "--kv-dir", str(tmp_path))
 
 

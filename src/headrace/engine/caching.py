@@ -29,8 +29,14 @@ def open_cache(
 
 
 def size_cache(shape: KVShape, policy: KVPolicy, options: EngineOptions) -> tuple[int, CacheLayout]:
-    """Blocks that the KV budget holds, and their layout. Raises InputError if it holds none."""
+    """Blocks that the KV budget holds, and their layout.
+
+    Raises InputError if it holds none, where the policy cannot serve the model, and where kv_dir could keep nothing.
+    """
     layout = policy.arrange(shape, options.block_size)
+    if options.kv_dir is not None and not (options.prefix_cache and layout.shares_prefixes):
+        reason = "prefix_cache is off" if layout.shares_prefixes else f"with kv {options.kv} no prefixes are shared"
+        raise InputError(f"kv_dir keeps prefixes and {reason}: leave kv_dir out, or change that")
     budget = options.kv_cache_bytes or int(read_available_bytes() * options.kv_memory_share)
     num_blocks = budget // layout.block_bytes
     if num_blocks < 1:

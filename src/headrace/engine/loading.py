@@ -174,11 +174,8 @@ def identify(choice: Choice, checkpoint: Checkpoint, weights: str, context: int)
 
 
 def open_tier(options: EngineOptions, cache: PagedCache, state: SchedulerState, identity: str) -> Tier:
-    """The tier below the cache. Raises InputError for a folder that cannot be used, and where nothing can be shared."""
+    """The tier below the cache. Raises InputError for a folder that cannot be used."""
     layout = cache.layout
-    if not state.ledger.prefix_cache:
-        reason = "prefix_cache is off" if layout.shares_prefixes else f"with kv {options.kv} no prefixes are shared"
-        raise InputError(f"kv_dir keeps prefixes and {reason}: leave kv_dir out, or change that")
     root = hashlib.sha256(f"{identity} {options.kv} {layout}".encode())
     folder = Path(options.kv_dir or "").expanduser()
     store = BlockStore(folder, root.hexdigest()[:32], layout.block_bytes, options.kv_dir_bytes)

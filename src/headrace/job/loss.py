@@ -92,6 +92,8 @@ def answer_fully(llm: LLM, requests: Rows[Request]) -> list[Answered]:
 
     Its cache has room for all of them at once, or as much as the job's own has.
     """
+    if not requests:
+        return []
     engine = open_full_engine(llm, requests)
     for number, request in enumerate(requests):
         most = min(request.params.max_tokens, ANSWER_TOKENS)

@@ -52,7 +52,8 @@ class Models:
             f"{name}:{kv}": replace(options, kv=kv) for name, options in self.options.items() for kv in policies
         }
         for options in self.options.values() if policies else ():
-            check_policy(options)
+            # Refuses, before anything is loaded, what cannot serve its model.
+            open_site(options, open_checkpoint(options.model))
         self.workers: dict[str, Worker] = {}
         self._serve = serve
         self._turns = Turns()
@@ -159,10 +160,3 @@ class Models:
         worker = self.workers.pop(name)
         await asyncio.to_thread(worker.close)
         LOG.info("freed %s", name)
-
-
-def check_policy(options: EngineOptions) -> None:
-    """Raises InputError, before anything is loaded, where the KV policy cannot serve the model."""
-    layout = open_site(options, open_checkpoint(options.model)).memory.layout
-    if options.kv_dir is not None and not layout.shares_prefixes:
-        raise InputError(f"kv_dir keeps prefixes and with kv {options.kv} none are shared: leave one of the two out")

@@ -58,20 +58,20 @@ def make_policy(expression: str) -> KVPolicy:
 
     Raises InputError, naming what is wrong and what there is.
     """
-    try:
-        parsed = ast.parse(expression.strip(), mode="eval").body
-    except SyntaxError:
-        raise InputError(f"kv {expression!r} cannot be read: write a policy as in 'kivi(k=4, v=2)'") from None
-    return build(parsed, expression)
+    return build(parse(expression), expression)
 
 
 def spell_policy(expression: str) -> str:
-    """An expression always spelled alike: with the same spaces, whatever the user's.
+    """An expression with the same spaces whatever the user's. Raises InputError for one that cannot be read."""
+    return ast.unparse(parse(expression))
 
-    Raises InputError, naming what is wrong and what there is, as `make_policy` does.
-    """
-    make_policy(expression)
-    return ast.unparse(ast.parse(expression.strip(), mode="eval"))
+
+def parse(expression: str) -> ast.expr:
+    """Raises InputError for an expression that cannot be read."""
+    try:
+        return ast.parse(expression.strip(), mode="eval").body
+    except SyntaxError:
+        raise InputError(f"kv {expression!r} cannot be read: write a policy as in 'kivi(k=4, v=2)'") from None
 
 
 def build(node: ast.expr, expression: str) -> KVPolicy:

@@ -41,8 +41,13 @@ LOSSY = {name: examples[0] for name, examples in EXAMPLES.items()} | {
     "first": "kivi(k=2, v=2, first=50)",
     "sealed": "scissorhands(keep=0.5) + kivi(k=4, v=4)",
 }
+# Output too is made smaller again and again.
+AGAIN = {
+    name: f"{name}(keep=100, every=32)" for name in ("streaming", "tova", "snapkv", "h2o", "scissorhands", "random")
+} | {"kvmerger": "kvmerger(keep=0.5, every=64)"}
 LOSSLESS = {name: examples[1] for name, examples in EXAMPLES.items()} | {
     "sealed": "snapkv(keep=100000) + kivi(residual=4096)",
+    "again": "h2o(keep=100000, every=32)",
 }
 # Groups of three query heads, heads of 64.
 CHANGES = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 4}
@@ -97,7 +102,7 @@ def test_lossless_settings_are_the_plain_cache_bit_for_bit(kv: str, folder: Path
         check_empty(llm)
 
 
-@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+@pytest.mark.parametrize("kv", [*LOSSY.values(), *AGAIN.values()])
 def test_an_answer_is_the_same_alone_and_in_any_batch_and_chunk(kv: str, folder: Path) -> None:
     prompts = make_prompts()
     with open_model(folder, kv) as llm:
@@ -110,7 +115,7 @@ def test_an_answer_is_the_same_alone_and_in_any_batch_and_chunk(kv: str, folder:
         check_empty(llm)
 
 
-@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+@pytest.mark.parametrize("kv", [*LOSSY.values(), *AGAIN.values()])
 def test_an_answer_is_the_same_after_preemption(kv: str, folder: Path) -> None:
     prompts = make_prompts()
     with open_model(folder, kv) as llm:
@@ -172,7 +177,7 @@ def test_parts_of_a_block_lie_within_it_and_apart(kv: str, folder: Path) -> None
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="pages are read from /proc/self/smaps")
-@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+@pytest.mark.parametrize("kv", [*LOSSY.values(), *AGAIN.values()])
 def test_the_arena_takes_no_more_memory_than_is_counted(kv: str, folder: Path) -> None:
     with open_model(folder, kv, prefix_retain_bytes=0) as llm:
         answer(llm, make_prompts())

@@ -21,7 +21,7 @@ from headrace.cache.policies.base import KVShape, LayerStep
 from headrace.cache.policies.choice import make_policy
 from headrace.cache.policies.kvmerger import KVMerger, find_pivots, join_alike
 from headrace.cache.policies.plain import Plain
-from headrace.cache.policies.shrinking import Kept, Prompt, protect
+from headrace.cache.policies.shrinking import Context, Kept, protect
 from headrace.checkpoint import open_checkpoint
 from headrace.core import Chunk, InputError, Request, Sequence
 from headrace.core import SamplingParams as Params
@@ -67,10 +67,10 @@ class PromptDriver(RaggedDriver):
 
     def _drop(self, sequence: Sequence, blocks: int) -> None:
         for group, table in zip(self.cache.layout.groups, sequence.tables, strict=True):
-            for place in range(blocks if group.window is None else 0):
+            for place in range(sequence.dropped, sequence.dropped + (blocks if group.window is None else 0)):
                 self.cache.arena[table[place]] = 255
                 table[place] = -1
-        sequence.dropped = max(sequence.dropped, blocks)
+        sequence.dropped += blocks
 
     def read(self, number: int, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [kv heads, n, D] that a layer has of a sequence, and their bias [kv heads, n] if any."""
@@ -301,8 +301,8 @@ def open_model(folder: Path, kv: str, **settings: object) -> LLM:
     return LLM(str(folder), kv=kv, **settings)  # type: ignore[arg-type]
 
 
-def answer(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    params = SamplingParams(max_tokens=60, ignore_eos=True)
+def answer(llm: LLM, prompts: list[list[int]], length: int = 60) -> list[list[int]]:
+    params = SamplingParams(max_tokens=length, ignore_eos=True)
     return [each.outputs[0].token_ids for each in llm.generate(prompts, params, progress=False)]
 
 
@@ -341,7 +341,7 @@ def test_blocks_are_freed_when_a_prompt_ends(kind: str, folder: Path) -> None:
 def test_planes_are_counted_and_prefixes_are_not_shared() -> None:
     shape = KVShape((None,) * 4, 2, 16, torch.bfloat16)
     plain = make_policy("plain").arrange(shape, SIZE).block_bytes
-    planes = {"streaming": 0, "tova": 0, "h2o": 1, "snapkv": 1, "kvmerger(bias=False)": 1, "kvmerger": 2}
+    planes = {"streaming": 0, "tova": 1, "h2o": 1, "snapkv": 1, "kvmerger(bias=False)": 1, "kvmerger": 2}
     for kv, count in planes.items():
         layout = make_policy(kv).arrange(shape, SIZE)
         assert layout.block_bytes == plain + 4 * count * 4 * 2 * SIZE
@@ -378,11 +378,11 @@ def test_where_little_stays_the_first_and_then_the_newest_tokens_do() -> None:
 # KVMerger
 
 
-def make_prompt(length: int = 90, heads: int = 3, seed: int = 0) -> Prompt:
+def make_prompt(length: int = 90, heads: int = 3, seed: int = 0) -> Context:
     source = torch.Generator().manual_seed(seed)
     keys = torch.randn(heads, length, 16, generator=source).cumsum(1)
     values = torch.randn(heads, length, 16, generator=source)
-    return Prompt(0, keys, values, torch.rand(heads, length, generator=source))
+    return Context(0, keys, values, torch.rand(heads, length, generator=source), torch.arange(length, 0, -1))
 
 
 def join_one_by_one(keys: Tensor, alone: set[int], count: int) -> list[list[int]]:
@@ -424,9 +424,9 @@ def test_sets_are_consecutive_cover_all_and_leave_the_protected_alone(count: int
                 assert torch.equal(kept.keys[head, place], prompt.keys[head, each[0]])
 
 
-def attend_to(kept: Kept | Prompt, queries: Tensor) -> Tensor:
+def attend_to(kept: Kept | Context, queries: Tensor) -> Tensor:
     scores = queries @ kept.keys.transpose(1, 2)
-    if isinstance(kept, Kept) and kept.bias is not None:
+    if kept.bias is not None:
         scores = scores + kept.bias[:, None]
     return scores.softmax(-1) @ kept.values
 
@@ -434,7 +434,8 @@ def attend_to(kept: Kept | Prompt, queries: Tensor) -> Tensor:
 def test_equal_neighbours_are_merged_without_loss() -> None:
     prompt = make_prompt(40)
     twins = torch.arange(40).repeat_interleave(torch.arange(40) % 3 + 1)
-    prompt = Prompt(0, prompt.keys[:, twins], prompt.values[:, twins], prompt.mass[:, twins])
+    parts = (each[:, twins] for each in (prompt.keys, prompt.values, prompt.mass))
+    prompt = Context(0, *parts, torch.arange(len(twins), 0, -1))
     kept = KVMerger(recent=0.0, heavy=0.0).keep_tokens(prompt, 40)
     queries = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(attend_to(kept, queries), attend_to(prompt, queries), atol=1e-5, rtol=1e-4)

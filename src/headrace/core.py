@@ -144,7 +144,7 @@ class Sequence:
     There is no prefill and no decode phase: `tokens` are known, the first `computed` of them have their KV
     in the cache, and each step computes some more. `tables` (block ids by cache group, -1 where a sliding window
     has freed the block) is owned by the cache's bookkeeping; the engine only reads it. So are the
-    first `dropped` blocks, gone since a policy made the prompt smaller: what it kept has moved to those that follow.
+    first `dropped` blocks, gone since a policy made the sequence smaller: what it kept has moved to those that follow.
     """
 
     request: Request

@@ -55,21 +55,47 @@ class SlidingGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Shrink:
-    """How much of a prompt stays in the cache once all of it is computed; which tokens is the policy's matter.
+    """When a sequence is made smaller in the cache, and how much of it stays; which tokens is the policy's matter.
 
-    keep: a share of the prompt's tokens if below 1, else so many tokens; only whole blocks are dropped.
+    It is once its prompt is computed, and where `every` is not 0 then again at each length that is a multiple of it.
+    keep: a share of its tokens if below 1, else so many tokens; only whole blocks are dropped. The attention of the
+    last `queries` before that decides, None: of all since the last time.
     """
 
     keep: float
+    every: int = 0
+    queries: int | None = 0
 
-    def count_dropped(self, prompt: int, block_size: int) -> int:
-        """Blocks that a prompt of so many tokens loses."""
-        kept = ceil(prompt * self.keep) if self.keep < 1 else int(self.keep)
-        return max(0, prompt - max(kept, 1)) // block_size
+    def count_kept(self, length: int) -> int:
+        """Tokens that are to stay of so many."""
+        return max(ceil(length * self.keep) if self.keep < 1 else int(self.keep), 1)
+
+    def count_dropped(self, length: int, block_size: int) -> int:
+        """Blocks that a sequence of so many tokens has lost in all."""
+        return max(0, length - self.count_kept(length)) // block_size
+
+    def count_most(self, length: int, prompt: int, block_size: int) -> int:
+        """Most tokens that are held until `length` are computed, of a prompt of so many if it is not complete yet."""
+        if not self.every:
+            return length
+        return max(prompt, min(length, self.count_kept(length) + block_size - 1 + self.every))
+
+    def find_next(self, prompt: int, start: int) -> int | None:
+        """The length at which a sequence of `start` tokens is made smaller next; None if it never is."""
+        if start < prompt:
+            return prompt
+        return start // self.every * self.every + self.every if self.every else None
+
+    def find_observed(self, prompt: int, start: int) -> int:
+        """The position from which queries count for what stays next."""
+        end = self.find_next(prompt, start) or start
+        begin = 0 if start < prompt else max(prompt, end - self.every)
+        return begin if self.queries is None else max(begin, end - self.queries)
 
     def cut(self, prompt: int, start: int, length: int) -> int:
-        """A chunk's length, cut so that it does not go on behind the prompt."""
-        return min(length, prompt - start) if start < prompt else length
+        """A chunk's length, cut so that it does not go on where the sequence is made smaller."""
+        end = self.find_next(prompt, start)
+        return length if end is None else min(length, end - start)
 
 
 class Place(NamedTuple):
@@ -84,7 +110,7 @@ class CacheLayout:
     """Groups whose blocks are equally large, so that any block serves any group. block_size is in tokens.
 
     shares_prefixes is False where a block holds what depends on more than the tokens up to it, shrink is None where
-    prompts stay as they are. A layout that shrinks shares nothing. With shares_output False only prompts are shared.
+    everything stays. A layout that shrinks shares nothing. With shares_output False only prompts are shared.
     most_chunk is how many tokens of a sequence one step may compute, most_read how many an output token reads; None
     where there is no such bound.
     """
@@ -146,8 +172,19 @@ class CacheLayout:
     def blocks_for(self, length: int, chunk: int = 1, prompt: int = 0) -> int:
         """Most blocks, over all groups, that a sequence with a prompt of so many tokens holds until `length` tokens are
         computed, `chunk` at a time."""
-        full = -(-length // self.block_size) * sum(group.window is None for group in self.groups)
-        return full + self.window_blocks(length, chunk, prompt)
+        full = -(-self.count_held(length, prompt) // self.block_size)
+        whole = sum(group.window is None for group in self.groups)
+        return full * whole + self.window_blocks(length, chunk, prompt)
+
+    def count_held(self, length: int, prompt: int) -> int:
+        """Most tokens that full-attention groups hold of a sequence until `length` are computed; prompt: 0 once it is
+        complete."""
+        return length if self.shrink is None else self.shrink.count_most(length, prompt, self.block_size)
+
+    def cut_chunk(self, prompt: int, start: int, length: int) -> int:
+        """How many of `length` tokens one step may compute of a sequence that has `start`."""
+        length = min(length, self.most_chunk or length)
+        return length if self.shrink is None else self.shrink.cut(prompt, start, length)
 
     def window_blocks(self, length: int, chunk: int, prompt: int) -> int:
         """The share of `blocks_for` that sliding-window groups have; prompt: 0 once it is complete."""

@@ -172,21 +172,24 @@ class KVLedger:
         self._trim()
 
     def shrink(self, sequence: Sequence, blocks: int) -> None:
-        """Take a sequence's first blocks away, but for those of sliding windows: what stays has moved to the others."""
+        """Take so many more of a sequence's first blocks away, but for those of sliding windows: what stays has moved
+        to the others."""
         for group in self.full_groups:
             table = sequence.tables[group]
-            for position in range(blocks):
+            for position in range(sequence.dropped, sequence.dropped + blocks):
                 self._drop(table[position], group, sequence.number)
                 table[position] = ABSENT
-        sequence.dropped = blocks
+        sequence.dropped += blocks
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Take back what was computed after the first `length` tokens, such as a draft that is refused; the tokens
-        themselves are the caller's. To be called before anything is published or slides away: else raises ValueError.
+        themselves are the caller's. To be called before anything is published or slides away: else raises ValueError,
+        and where output counts for what stays of a sequence: that cannot be taken back.
         """
         size, holding = self.layout.block_size, self.holdings[sequence.number]
         slid = any(each.find_start(length) < start for each, start in zip(self.sliding, holding.slid, strict=True))
-        if slid or length < max(holding.published * size, sequence.prompt_length if sequence.dropped else 0):
+        counted = self.layout.shrink is not None and self.layout.shrink.every > 0
+        if slid or counted or length < max(holding.published * size, sequence.prompt_length if sequence.dropped else 0):
             raise ValueError(f"sequence {sequence.number} cannot go back to {length} tokens")
         for group, table in enumerate(sequence.tables):
             while len(table) > -(-length // size):

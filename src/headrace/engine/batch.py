@@ -13,7 +13,7 @@ from torch import Tensor
 from headrace.cache.layout import CacheLayout
 from headrace.core import Chunk, Sequence
 from headrace.kernels.base import RaggedBatch
-from headrace.schedule.pieces import count_shrinking, wanted_rows
+from headrace.schedule.pieces import count_shrinking, find_observed, wanted_rows
 
 
 def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout, device: str) -> RaggedBatch:
@@ -40,6 +40,7 @@ def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout, de
     dropped = np.array([sequence.dropped for _, sequence in scheduled], dtype=np.int32)
     prompts = np.array([sequence.prompt_length for _, sequence in scheduled], dtype=np.int32)
     shrinks = np.array([count_shrinking(chunk, sequence, layout) for chunk, sequence in scheduled], dtype=np.int32)
+    observed = np.array([find_observed(chunk, sequence, layout) for chunk, sequence in scheduled], dtype=np.int32)
 
     def send(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -55,6 +56,7 @@ def build_batch(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout, de
         filled=tuple(send(blocks) for blocks in filled),
         begins=send(dropped * block_size) if dropped.any() else None,
         shrinks=send(shrinks) if shrinks.any() else None,
+        observed=send(observed) if (observed >= 0).any() else None,
         prompts=send(prompts),
         numbers=tuple(sequence.number for _, sequence in scheduled),
     )

@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from headrace.cache.layout import CacheLayout
 from headrace.cache.ledger import KVLedger
 from headrace.cache.policies.base import KVPolicy
 from headrace.core import Chunk, Request, SamplingParams, Sequence
@@ -51,23 +50,33 @@ class CacheDriver:
         return sequence
 
     def read(self, sequence: Sequence, exactly: bool = False) -> Tensor:
-        """Compute a sequence's prompt in as few steps as the policy allows: the hidden state after it, [1, hidden].
+        """Compute a sequence's prompt: the hidden state after it, [1, hidden]. `exactly`: see `feed`."""
+        return self.feed([(sequence, sequence.request.prompt_token_ids)], exactly)
 
-        `exactly`: nothing is read sealed while that lasts.
-        """
-        prompt, hidden = sequence.request.prompt_token_ids, None
-        while sequence.computed < len(prompt):
-            length = cut_chunk(self.cache.layout, len(prompt) - sequence.computed, len(prompt))
-            hidden = self.feed([(sequence, prompt[sequence.computed : sequence.computed + length])], exactly)
-        assert hidden is not None  # prompts have tokens
-        return hidden
-
-    @torch.inference_mode()
     def feed(self, fed: Rows[tuple[Sequence, Rows[int]]], exactly: bool = False) -> Tensor:
-        """Compute the next tokens of some sequences in one step: the hidden state after each one's last, [S, hidden].
+        """Compute the next tokens of some sequences, in one step or as few as the policy allows: the hidden state after
+        each one's last, [S, hidden].
 
         `exactly`: nothing is read sealed, and exact blocks stay until the prompt is complete.
         """
+        found: dict[int, Tensor] = {}
+        left = {place: (sequence, tokens) for place, (sequence, tokens) in enumerate(fed)}
+        while left:
+            ends = {
+                place: self.cache.layout.cut_chunk(sequence.prompt_length, sequence.computed, len(tokens))
+                for place, (sequence, tokens) in left.items()
+            }
+            now = [(sequence, tokens[: ends[place]]) for place, (sequence, tokens) in left.items()]
+            found.update(zip(left, self._step(now, exactly), strict=True))
+            left = {
+                place: (sequence, tokens[ends[place] :])
+                for place, (sequence, tokens) in left.items()
+                if len(tokens) > ends[place]
+            }
+        return torch.stack([found[place] for place in range(len(fed))])
+
+    @torch.inference_mode()
+    def _step(self, fed: Rows[tuple[Sequence, Rows[int]]], exactly: bool) -> Tensor:
         scheduled = []
         for sequence, tokens in fed:
             sequence.tokens.extend(tokens)
@@ -88,11 +97,6 @@ def open_sequence(ledger: KVLedger, prompt: Rows[int], number: int) -> Sequence:
     sequence = Sequence(Request(str(number), tuple(prompt), SamplingParams()), 0, number, [])
     ledger.admit(sequence, 0)
     return sequence
-
-
-def cut_chunk(layout: CacheLayout, left: int, most: int) -> int:
-    """The next chunk's length of a prompt of which so many tokens are left."""
-    return min(left, most, layout.most_chunk or most)
 
 
 def settle(ledger: KVLedger, chunk: Chunk, sequence: Sequence, exactly: bool = False) -> None:

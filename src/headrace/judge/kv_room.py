@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from headrace.cache.layout import CacheLayout
 from headrace.cache.ledger import KVLedger
 from headrace.core import Chunk
-from headrace.judge.driver import cut_chunk, open_sequence, settle
+from headrace.judge.driver import open_sequence, settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def find_room(layout: CacheLayout, context: int, tail: int, chunk: int) -> Room:
 
     most = 0
     while sequence.computed < context:
-        most = max(most, compute(cut_chunk(layout, context - sequence.computed, chunk)))
+        most = max(most, compute(layout.cut_chunk(context, sequence.computed, min(context - sequence.computed, chunk))))
     return Room(most, max(compute(1) for _ in range(tail)))
 
 

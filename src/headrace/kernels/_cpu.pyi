@@ -27,3 +27,13 @@ def attention(
     type: int, queries: Shape, cache: Shape, sealed: Shape, batch: Shape, spec: tuple[float, int, float], y: int
 ) -> None: ...
 def seal(type: int, cache: Shape, sealed: Shape, exact: int, into: int, count: int) -> None: ...
+def observe(
+    type: int,
+    queries: Shape,
+    cache: Shape,
+    batch: Shape,
+    spec: tuple[float, int, float],
+    mass: int,
+    firsts: int,
+    share: float,
+) -> None: ...

@@ -34,8 +34,10 @@ class RaggedBatch:
     logit_rows      int64 [R] tokens whose logits are wanted
     filled          one [n] per cache group: the n blocks that this step fills, in the same order in every group
     begins          [S]    the first token that is still in the cache, a multiple of the block size; None: all are
-    shrinks         [S]    so many blocks of the sequence are dropped after this step: before it ends, a policy moves
-                    what it keeps to those that follow; None: none anywhere
+    shrinks         [S]    so many blocks more of the sequence are dropped after this step: before it ends, a policy
+                    moves what it keeps to those that follow; None: none anywhere
+    observed        [S]    the position from which a sequence's queries are counted in the mass of tokens, -1 where this
+                    step's are not; None: none anywhere
     read_exactly    nothing is read sealed: all exact blocks are there
     prompts         [S]    tokens of each sequence's prompt; those after them are output. None: all are prompt
     numbers         each sequence's number in the engine: what a policy keeps of a sequence elsewhere is found by it
@@ -51,6 +53,7 @@ class RaggedBatch:
     filled: tuple[Tensor, ...] = ()
     begins: Tensor | None = None
     shrinks: Tensor | None = None
+    observed: Tensor | None = None
     read_exactly: bool = False
     prompts: Tensor | None = None
     numbers: tuple[int, ...] = ()
@@ -98,7 +101,7 @@ class LayerCache:
     keys     [blocks, kv heads, head size / pair, block size, pair]
     values   [blocks, kv heads, block size / pair, head size, pair]
     bias     float32 [blocks, kv heads, block size], added to the scores of exact blocks; not together with a soft cap
-    mass     float32 [blocks, kv heads, block size], what a policy remembers of each exact token; no kernel reads it
+    mass     float32 [blocks, kv heads, block size], the attention that `observe` has counted for each exact token
     extra    uint8 [blocks, bytes], what a policy keeps in each exact block beside all that; no kernel reads it
     group    index into RaggedBatch.block_tables and .slots of these exact blocks
     sealed   uint8 [blocks, kv heads, bytes of a head] in `form`, where older blocks are sealed; no layer with a window
@@ -272,6 +275,16 @@ class Kernels(Protocol):
     def seal(self, cache: LayerCache, exact: Tensor, sealed: Tensor) -> None:
         """Write blocks `exact` [n], all of whose tokens are in the cache, in its form into blocks `sealed` [n] (int32).
         Scales and minimums are rounded before codes are: round to nearest, ties to even, in float32."""
+        ...
+
+    def observe(
+        self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
+    ) -> None:
+        """Add what the observed queries, as in `attention`, give to each exact token they see to its mass, summed over
+        the heads that share a kv head. Tokens have no mass before the first observed query, nor before they come.
+
+        With a share, a weight counts one if it is at least the average of its query's weights, and so many times itself
+        besides. For layers without a window; what is sealed gets nothing."""
         ...
 
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:

@@ -173,18 +173,18 @@ class CpuKernels:
         described = describe_cache(cache), describe_sealed(cache)
         _cpu.seal(TYPES[cache.keys.dtype], *described, exact.data_ptr(), sealed.data_ptr(), exact.shape[0])
 
+    def observe(
+        self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
+    ) -> None:
+        assert cache.mass is not None and batch.observed is not None
+        described, ragged = describe_cache(cache), describe_batch(batch, cache.group)
+        numbers, rows = (spec.scale, 0, spec.soft_cap or 0.0), describe_rows(queries)
+        counted = cache.mass.data_ptr(), batch.observed.data_ptr(), share
+        _cpu.observe(TYPES[queries.dtype], rows, described, ragged, numbers, *counted)
+
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         y = torch.empty(queries.shape, dtype=queries.dtype)
-        table = batch.block_tables[cache.group]
-        ragged = (
-            batch.context_lengths.shape[0],
-            batch.query_starts.data_ptr(),
-            batch.positions.data_ptr(),
-            table.data_ptr(),
-            table.stride(0),
-            table.stride(1) if table.dim() == 3 else 0,
-            address(batch.begins),
-        )
+        ragged = describe_batch(batch, cache.group)
         sealed = NOTHING_SEALED
         if cache.sealed is not None and not batch.read_exactly:
             sealed = describe_sealed(cache, batch.block_tables[cache.sealed_group])
@@ -227,6 +227,14 @@ def describe_rows(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), tokens, x.stride(0), heads, size
 
 
+def describe_batch(batch: RaggedBatch, group: int) -> tuple[int, int, int, int, int, int, int]:
+    """Sequences, addresses of their starts and positions, the group's table, its strides, and where sequences begin."""
+    table = batch.block_tables[group]
+    strides = table.stride(0), table.stride(1) if table.dim() == 3 else 0
+    starts, positions = batch.query_starts.data_ptr(), batch.positions.data_ptr()
+    return batch.context_lengths.shape[0], starts, positions, table.data_ptr(), *strides, address(batch.begins)
+
+
 def describe_cache(cache: LayerCache) -> tuple[int, int, int, int, int, int, int]:
     """Addresses (the bias too), bytes between blocks, kv heads, head size and block size of one layer's exact blocks.
 
@@ -241,11 +249,9 @@ def describe_cache(cache: LayerCache) -> tuple[int, int, int, int, int, int, int
     stride = keys.stride(0)
     if stride != values.stride(0) or keys.stride()[1:] != (lanes * block_size * pair, block_size * pair, pair, 1):
         raise ValueError(f"a block's keys must be contiguous, and blocks equally far apart; strides {keys.stride()}")
-    if cache.bias is not None and (cache.bias.stride(0) * 4, cache.bias.stride(1)) != (
-        stride * keys.itemsize,
-        block_size,
-    ):
-        raise ValueError(f"a bias must lie in its block, contiguous; strides {cache.bias.stride()}")
+    for plane in (cache.bias, cache.mass):
+        if plane is not None and (plane.stride(0) * 4, plane.stride(1)) != (stride * keys.itemsize, block_size):
+            raise ValueError(f"bias and mass must lie in their block, contiguous; strides {plane.stride()}")
     addresses = keys.data_ptr(), values.data_ptr(), address(cache.bias)
     return *addresses, stride * keys.itemsize, kv_heads, values.shape[3], block_size
 

@@ -134,6 +134,29 @@ class ReferenceKernels:
         units = pack_units(*read_blocks(cache, exact.long()), cache.form)  # [kv heads, units, bytes]
         cache.sealed[sealed.long()] = units.reshape(len(units), len(sealed), -1).transpose(0, 1)
 
+    def observe(
+        self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
+    ) -> None:
+        assert cache.mass is not None and batch.observed is not None
+        starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
+        begins = [0] * len(contexts) if batch.begins is None else batch.begins.tolist()
+        size, table = cache.keys.shape[3], batch.block_tables[cache.group]
+        for index, first in enumerate(batch.observed.tolist()):
+            begin, end, rows = begins[index], contexts[index], slice(starts[index], starts[index + 1])
+            start = end - (rows.stop - rows.start)
+            if not 0 <= first < end:
+                continue
+            blocks = table[index, begin // size : -(-end // size)].long()
+            keys, _, added = see_context(cache, batch, spec, index, begin, end)
+            mass = cache.mass[blocks].transpose(0, 1).flatten(1)
+            mass[:, 0 if first >= start else start - begin :] = 0
+            weights = weigh(queries[rows].float(), keys, added, spec)[:, :, max(first - start, 0) :]
+            if share:
+                seen = torch.arange(max(first, start) + 1, end + 1, device=keys.device) - begin
+                weights = (weights * seen[:, None] >= 1) + weights * share
+            mass[:, : end - begin] += weights.sum((1, 2))
+            cache.mass[blocks] = mass.view(len(mass), -1, size).transpose(0, 1)
+
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         table = batch.block_tables[cache.group]
@@ -148,20 +171,20 @@ class ReferenceKernels:
         begins = [0] * len(contexts) if batch.begins is None else batch.begins.tolist()
         for index, (begin, context) in enumerate(zip(begins, contexts, strict=True)):
             rows = slice(starts[index], starts[index + 1])
-            seen = see_context(cache, batch, spec, index, begin, context)
-            output[rows] = self._attend(queries[rows].float(), *seen, spec)
+            keys, values, added = see_context(cache, batch, spec, index, begin, context)
+            weights = weigh(queries[rows].float(), keys, added, spec)
+            output[rows] = torch.einsum("hgtc,hcd->thgd", weights, values).flatten(1, 2)
         return output
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, added: Tensor, spec: AttentionSpec) -> Tensor:
-        """Plain attention of queries [T, heads, D] over keys and values [kv heads, C, D]; added [kv heads or 1, T, C]
-        joins the scores."""
-        groups = queries.shape[1] // keys.shape[0]
-        keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
-        scores = torch.einsum("thd,hcd->htc", queries, keys) * spec.scale
-        if spec.soft_cap is not None:
-            scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
-        added = added.expand(keys.shape[0] // groups, -1, -1).repeat_interleave(groups, 0)
-        return torch.einsum("htc,hcd->thd", (scores + added).softmax(-1), values)
+
+def weigh(queries: Tensor, keys: Tensor, added: Tensor, spec: AttentionSpec) -> Tensor:
+    """Softmax weights [kv heads, heads a kv head, T, C] of queries [T, heads, D] over keys [kv heads, C, D]; added
+    [kv heads or 1, T, C] joins the scores."""
+    queries = queries.view(len(queries), len(keys), -1, keys.shape[2])
+    scores = torch.einsum("thgd,hcd->hgtc", queries, keys) * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
+    return (scores + added[:, None]).softmax(-1)
 
 
 def see_context(

@@ -71,6 +71,12 @@ class TimedKernels:
         with self.watch.part("other kernels"):
             self.kernels.seal(cache, exact, sealed)
 
+    def observe(
+        self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
+    ) -> None:
+        with self.watch.part("other kernels"):
+            self.kernels.observe(queries, cache, batch, spec, share)
+
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         with self.watch.part("attention"):
             return self.kernels.attention(queries, cache, batch, spec)

@@ -112,10 +112,15 @@ class Outlook:
         self.uncertain += sequence.request.generates and not sequence.request.params.ignore_eos
         size, rate = ledger.layout.block_size, len(ledger.full_groups)
         growth = max(self.lengths.remaining(sequence) - 1, 0)
-        held = rate * (known + size - 1) - size * joined
+        prompt = sequence.prompt_length if computed < sequence.prompt_length else 0
+        most = ledger.layout.count_held(known + growth, prompt)
+        if most < known + growth:
+            # Made smaller again and again: it counts as what it will hold at most, all the time.
+            held, rate = rate * (most + size - 1), 0
+        else:
+            held = rate * (known + size - 1) - size * joined
         if ledger.sliding:
             # Most sequences ask the same: a decode that fills its windows.
-            prompt = sequence.prompt_length if computed < sequence.prompt_length else 0
             key = (-(-(known + growth) // size), min(known - computed, self.step_tokens), prompt)
             if key not in self._window_blocks:
                 self._window_blocks[key] = ledger.layout.window_blocks(known + growth, *key[1:])

@@ -31,10 +31,31 @@ def describe_pieces(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout
 
 
 def count_shrinking(chunk: Chunk, sequence: Sequence, layout: CacheLayout) -> int:
-    """Blocks that a sequence loses once this chunk is computed: some if it completes a prompt that will be answered."""
-    if layout.shrink is None or chunk.start + chunk.length != sequence.prompt_length or not sequence.request.generates:
+    """Blocks that a sequence loses once this chunk is computed: some if it completes a prompt that will be answered, or
+    reaches a length at which its policy makes it smaller again."""
+    end = chunk.start + chunk.length
+    if layout.shrink is None or layout.shrink.find_next(sequence.prompt_length, chunk.start) != end:
         return 0
-    return layout.shrink.count_dropped(sequence.prompt_length, layout.block_size)
+    return count_lost(sequence, end, layout)
+
+
+def find_observed(chunk: Chunk, sequence: Sequence, layout: CacheLayout) -> int:
+    """The position from which queries count for what stays when the sequence is made smaller next; -1 if none of this
+    chunk do, or if nothing will go."""
+    if layout.shrink is None or layout.shrink.queries == 0:
+        return -1
+    following = layout.shrink.find_next(sequence.prompt_length, chunk.start)
+    first = layout.shrink.find_observed(sequence.prompt_length, chunk.start)
+    if following is None or first >= chunk.start + chunk.length or not count_lost(sequence, following, layout):
+        return -1
+    return first
+
+
+def count_lost(sequence: Sequence, length: int, layout: CacheLayout) -> int:
+    """Blocks that a sequence still has and will lose at this length, where it is made smaller."""
+    if layout.shrink is None or not sequence.request.generates:
+        return 0
+    return max(0, layout.shrink.count_dropped(length, layout.block_size) - sequence.dropped)
 
 
 def wanted_rows(chunk: Chunk, sequence: Sequence) -> range:

@@ -216,11 +216,10 @@ class _Draft:
 
     def _run(self, sequence: Sequence, computed: int, blocks: int, most: int) -> int:
         """A chunk of at most so many tokens, as blocks and the layout allow, and its length; none if that is 0."""
-        length = min(most, self.room.fitting(computed, blocks), self.room.layout.most_chunk or most)
+        length = min(most, self.room.fitting(computed, blocks))
         if length < 1:
             return 0
-        if self.room.layout.shrink is not None:
-            length = self.room.layout.shrink.cut(sequence.prompt_length, computed, length)
+        length = self.room.layout.cut_chunk(sequence.prompt_length, computed, length)
         self.chunks.append(Chunk(sequence.number, computed, length))
         self.budget -= length
         self.room.take(computed + length, blocks)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from headrace.cache.policies.base import Plane
 from headrace.cache.policies.parameters import check_choice, check_number
-from headrace.cache.policies.shrinking import Kept, Prompt, Shrinking, choose_highest
+from headrace.cache.policies.shrinking import Context, Kept, Shrinking, choose_highest
 from headrace.core import InputError
 
 
@@ -20,15 +20,22 @@ class KVMerger(Shrinking):
     The paper joins neighbours above a threshold that is chosen to meet a budget; here the most similar pairs are joined
     until the budget is met, which is the same. The paper leaves the first two layers and the last as they are; here
     all layers keep equally many tokens, as all their blocks are dropped at once. Its bias is ours: the logarithm of a
-    set's size is added to its scores, so that a set weighs as much as its tokens did.
+    set's size is added to its scores, so that a set weighs as much as its tokens did, also when sets are merged again.
     """
 
     def __init__(
-        self, keep: float = 0.5, sigma: float = 5.0, recent: float = 0.34, heavy: float = 0.24, bias: bool = True
+        self,
+        keep: float = 0.5,
+        sigma: float = 5.0,
+        recent: float = 0.34,
+        heavy: float = 0.24,
+        bias: bool = True,
+        every: int = 0,
     ) -> None:
-        """keep: see `Shrinking`. sigma: the Gaussian's width, as keys are long. recent, heavy: shares of what stays."""
+        """keep, every: see `Shrinking`. sigma: the Gaussian's width, as keys are long. recent, heavy: shares of what
+        stays."""
         planes: tuple[Plane, ...] = ("bias", "mass") if bias else ("mass",)
-        super().__init__("kvmerger", keep, None, planes)
+        super().__init__("kvmerger", keep, every, None, planes)
         check_number("kvmerger", "sigma", sigma, 0.01, 1e6, whole=False)
         check_number("kvmerger", "recent", recent, 0, 1, whole=False)
         check_number("kvmerger", "heavy", heavy, 0, 1, whole=False)
@@ -40,10 +47,10 @@ class KVMerger(Shrinking):
         self.recent = recent
         self.heavy = heavy
 
-    def keep_tokens(self, prompt: Prompt, count: int) -> Kept:
-        alone = self._protect(prompt.mass, count)
-        sets = join_alike(prompt.keys, alone, count)
-        return merge(prompt, sets, count, self.sigma)
+    def keep_tokens(self, context: Context, count: int) -> Kept:
+        alone = self._protect(context.mass, count)
+        sets = join_alike(context.keys, alone, count)
+        return merge(context, sets, count, self.sigma)
 
     def _protect(self, mass: Tensor, count: int) -> Tensor:
         """The tokens that stay as they are, bool like mass [kv heads, S]."""
@@ -63,18 +70,19 @@ def join_alike(keys: Tensor, alone: Tensor, count: int) -> Tensor:
     return torch.ones_like(alone, dtype=torch.int64).scatter_(1, later, 0).cumsum(1) - 1
 
 
-def merge(prompt: Prompt, sets: Tensor, count: int, sigma: float) -> Kept:
-    """Each set's weighted mean of keys and of values, and the logarithm of its size."""
-    pivots = find_pivots(prompt.mass, sets, count).gather(1, sets)
-    center = prompt.keys.gather(1, pivots[..., None].expand_as(prompt.keys))
-    weights = torch.exp(-(prompt.keys - center).square().sum(-1) / (2 * sigma**2))
+def merge(context: Context, sets: Tensor, count: int, sigma: float) -> Kept:
+    """Each set's weighted mean of keys and of values, and the logarithm of its size: how many tokens it stands for."""
+    pivots = find_pivots(context.mass, sets, count).gather(1, sets)
+    center = context.keys.gather(1, pivots[..., None].expand_as(context.keys))
+    sizes = torch.ones_like(context.mass) if context.bias is None else context.bias.exp()
+    weights = torch.exp(-(context.keys - center).square().sum(-1) / (2 * sigma**2)) * sizes
 
     def add(numbers: Tensor) -> Tensor:
         index = sets if numbers.dim() == 2 else sets[..., None].expand_as(numbers)
         return numbers.new_zeros(len(sets), count, *numbers.shape[2:]).scatter_add_(1, index, numbers)
 
     weights = (weights / add(weights).gather(1, sets))[..., None]
-    return Kept(add(weights * prompt.keys), add(weights * prompt.values), add(torch.ones_like(prompt.mass)).log())
+    return Kept(add(weights * context.keys), add(weights * context.values), add(sizes).log())
 
 
 def find_pivots(mass: Tensor, sets: Tensor, count: int) -> Tensor:

@@ -26,10 +26,15 @@ class ShrinkSealed:
     """
 
     def __init__(self, policy: Shrinking, form: SealedForm, residual: int) -> None:
-        """Raises InputError for a policy whose tokens have more to them than keys and values."""
+        """Raises InputError for a policy whose tokens have more to them than keys and values, or go again and again."""
         if "bias" in policy.planes:
             raise InputError(
                 "kv: the first policy adds a number to each score, which sealed blocks do not have; leave kivi out"
+            )
+        if policy.shrink.every:
+            raise InputError(
+                f"kv {policy.name}: what stays is sealed, and with every it would be rounded anew each time; "
+                "leave out every or kivi"
             )
         self.policy = policy
         self.form = form
@@ -105,6 +110,7 @@ def take_sequences(batch: RaggedBatch, chosen: Tensor, block_size: int) -> tuple
         filled=tuple(table[own[last], (positions[last] // block_size).long()] for table in tables),
         begins=None if batch.begins is None else batch.begins[chosen],
         shrinks=None if batch.shrinks is None else batch.shrinks[chosen],
+        observed=None if batch.observed is None else batch.observed[chosen],
         prompts=None if batch.prompts is None else batch.prompts[chosen],
         numbers=tuple(batch.numbers[index] for index in chosen.tolist()),
     )

@@ -6,42 +6,44 @@ import torch
 from torch import Tensor
 
 from headrace.cache.policies.parameters import check_number
-from headrace.cache.policies.shrinking import Evicting, Prompt, protect
+from headrace.cache.policies.shrinking import Context, Evicting, protect
 
 
 class Streaming(Evicting):
     """Attention sinks, the first tokens, and the newest ones stay (section 3).
 
     The paper numbers positions anew inside the cache, as its texts never end; here positions stay true, as in all
-    policies of this kind. What is generated is all kept.
+    policies of this kind. The paper's cache, of a fixed size, is a whole number for keep, and `every` a block.
     """
 
-    def __init__(self, keep: float = 0.25, sinks: int = 4) -> None:
-        """keep: see `Shrinking`. sinks: so many first tokens stay."""
-        super().__init__("streaming", keep)
+    def __init__(self, keep: float = 0.25, sinks: int = 4, every: int = 0) -> None:
+        """keep, every: see `Shrinking`. sinks: so many first tokens stay."""
+        super().__init__("streaming", keep, every)
         check_number("streaming", "sinks", sinks, 0, 4096)
         self.sinks = sinks
 
-    def score(self, prompt: Prompt, count: int) -> Tensor:
-        places = torch.arange(prompt.length, dtype=torch.float32, device=prompt.keys.device)
+    def score(self, context: Context, count: int) -> Tensor:
+        places = torch.arange(context.length, dtype=torch.float32, device=context.keys.device)
         return protect(places[None], count, self.sinks, 0)
 
 
 class RandomTokens(Evicting):
     """The control of all that choose: the first tokens stay and of the others any, by chance, each head its own.
 
-    The chance is of the seed, the layer and the prompt's length alone: the same row loses the same in any company.
+    The chance is of the seed, the layer and the lengths alone: the same row loses the same in any company.
     """
 
-    def __init__(self, keep: float = 0.25, sinks: int = 4, seed: int = 0) -> None:
-        """keep: see `Shrinking`. sinks: so many first tokens stay."""
-        super().__init__("random", keep)
+    def __init__(self, keep: float = 0.25, sinks: int = 4, seed: int = 0, every: int = 0) -> None:
+        """keep, every: see `Shrinking`. sinks: so many first tokens stay."""
+        super().__init__("random", keep, every)
         check_number("random", "sinks", sinks, 0, 4096)
         check_number("random", "seed", seed, 0, 2**31)
         self.sinks = sinks
         self.seed = seed
 
-    def score(self, prompt: Prompt, count: int) -> Tensor:
-        chance = torch.Generator().manual_seed((self.seed << 16) + prompt.layer)
-        scores = torch.rand(len(prompt.keys), prompt.length, generator=chance).to(prompt.keys.device)
+    def score(self, context: Context, count: int) -> Tensor:
+        # At the prompt's end, where nothing has gone before, end and length are the same.
+        earlier = context.end - context.length
+        chance = torch.Generator().manual_seed((earlier << 40) + (self.seed << 16) + context.layer)
+        scores = torch.rand(len(context.keys), context.length, generator=chance).to(context.keys.device)
         return protect(scores, count, self.sinks, 0)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headrace.cache.policies.shrinking import Evicting, Prompt, protect
+from headrace.cache.policies.shrinking import Context, Evicting, protect
 
 
 class Tova(Evicting):
-    """The weights of the prompt's last query, averaged over all heads of a layer, decide; the last token stays.
+    """The weights of the last query, averaged over all heads of a layer, decide; the last token stays.
 
-    The paper (section 3.2) drops one token at each step once a budget is full. Here all that goes goes at the prompt's
-    end, by its last query, and what is generated is all kept.
+    The paper (section 3.2) drops one token at each step once a budget is full. Here what goes goes at the prompt's end,
+    and with `every` once in so many tokens.
     """
 
-    def __init__(self, keep: float = 0.25) -> None:
-        """keep: see `Shrinking`."""
-        super().__init__("tova", keep, window=1)
+    def __init__(self, keep: float = 0.25, every: int = 0) -> None:
+        """keep, every: see `Shrinking`."""
+        super().__init__("tova", keep, every, 1, ("mass",))
 
-    def score(self, prompt: Prompt, count: int) -> Tensor:
-        return protect(prompt.mass.sum(0, keepdim=True), count, 0, 1)
+    def score(self, context: Context, count: int) -> Tensor:
+        return protect(context.mass.sum(0, keepdim=True), count, 0, 1)

@@ -3,6 +3,7 @@
 #include "heads.h"
 #include "linear.h"
 #include "norm.h"
+#include "observe.h"
 #include "probe.h"
 #include "seal.h"
 #include "table.h"
@@ -49,13 +50,17 @@ void seal_any(Type type, Cache cache, Sealed sealed, const int32_t* from, const 
     TYPED(seal<T>(cache, sealed, from, into, count));
 }
 
+void observe_any(Type type, Rows queries, Cache cache, Batch batch, Attention spec, Observed observed) {
+    TYPED(observe<T>(queries, cache, batch, spec, observed));
+}
+
 }  // namespace
 
 namespace headrace {
 
 const Table& HEADRACE_TABLE() {
-    static const Table table = {HEADRACE_NAME,   pack,          linear_any,    find_largest_any,      rms_norm_any, add_rms_norm_any,
-                                place_heads_any, attention_any, seal_any,      multiply_registers_of, sweep};
+    static const Table table = {HEADRACE_NAME,   pack,          linear_any, find_largest_any, rms_norm_any,          add_rms_norm_any,
+                                place_heads_any, attention_any, seal_any,   observe_any,      multiply_registers_of, sweep};
     return table;
 }
 

@@ -69,6 +69,8 @@ Batch batch_of(nb::tuple t) {
             at<int32_t>(nb::cast<uintptr_t>(t[6]))};
 }
 
+Attention attention_of(nb::tuple t) { return {nb::cast<float>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<float>(t[2])}; }
+
 Weight weight_of(nb::tuple t) {
     return {Type(nb::cast<int>(t[0])),    at<void>(nb::cast<uintptr_t>(t[1])),  nb::cast<int64_t>(t[2]),
             nb::cast<int64_t>(t[3]),      nb::cast<int64_t>(t[4]),              Gate(nb::cast<int>(t[5])),
@@ -144,7 +146,7 @@ NB_MODULE(_cpu, m) {
         chosen->place_heads(Type(type), h, c, at<int64_t>(slots));
     });
     m.def("attention", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple sealed, nb::tuple batch, nb::tuple spec, uintptr_t y) {
-        Attention attention{nb::cast<float>(spec[0]), nb::cast<int64_t>(spec[1]), nb::cast<float>(spec[2])};
+        Attention attention = attention_of(spec);
         Rows q = rows_of(queries);
         Cache c = cache_of(cache);
         Sealed s = sealed_of(sealed);
@@ -157,5 +159,14 @@ NB_MODULE(_cpu, m) {
         Sealed s = sealed_of(sealed);
         nb::gil_scoped_release release;
         chosen->seal(Type(type), c, s, at<int32_t>(from), at<int32_t>(into), count);
+    });
+    m.def("observe", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple batch, nb::tuple spec, uintptr_t mass, uintptr_t firsts,
+                        float share) {
+        Attention attention = attention_of(spec);
+        Rows q = rows_of(queries);
+        Cache c = cache_of(cache);
+        Batch b = batch_of(batch);
+        nb::gil_scoped_release release;
+        chosen->observe(Type(type), q, c, b, attention, {at<char>(mass), at<int32_t>(firsts), share});
     });
 }

@@ -102,6 +102,15 @@ struct Attention {
     float soft_cap;  // 0: none
 };
 
+// What is counted of a step's attention. mass: float32 [kv_heads, block_size] of a block, blocks as far apart as the cache's.
+// firsts: for each sequence the position from which queries count; below 0 none do. With a share, a weight counts one if it is
+// at least the average of its query's, and so many times itself besides; 0: itself.
+struct Observed {
+    char* mass;
+    const int32_t* firsts;
+    float share;
+};
+
 struct Table {
     const char* name;
     // A weight [out, in], or [2 out, in] gates first, of the given type into panels. Ignores weight.panels.
@@ -118,6 +127,8 @@ struct Table {
     void (*attention)(Type type, Rows queries, Cache cache, Sealed sealed, Batch batch, Attention spec, void* y);
     // Blocks `from` of the cache, all of whose tokens are written, as sealed blocks `into`.
     void (*seal)(Type type, Cache cache, Sealed sealed, const int32_t* from, const int32_t* into, int64_t count);
+    // Add to the mass of exact tokens what queries give to them; new tokens have none, and at the first query that counts all do.
+    void (*observe)(Type type, Rows queries, Cache cache, Batch batch, Attention spec, Observed observed);
     // What the processor can do at most (probe.h): multiply-adds done, and a sweep over memory.
     int64_t (*multiply_registers)(Type type, int64_t rounds);
     void (*sweep)(Sweep kind, char* data, int64_t bytes);

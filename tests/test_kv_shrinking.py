@@ -19,9 +19,9 @@ from headrace import LLM, SamplingParams
 from headrace.cache.checks import check_ledger
 from headrace.cache.policies.base import KVShape, LayerStep
 from headrace.cache.policies.choice import make_policy
-from headrace.cache.policies.kvmerger import KVMerger, find_pivots, join_alike
+from headrace.cache.policies.kvmerger import KVMerger, Tokens, find_pivots, join_alike
 from headrace.cache.policies.plain import Plain
-from headrace.cache.policies.shrinking import Context, Kept, protect
+from headrace.cache.policies.shrinking import protect
 from headrace.checkpoint import open_checkpoint
 from headrace.core import Chunk, InputError, Request, Sequence
 from headrace.core import SamplingParams as Params
@@ -378,11 +378,12 @@ def test_where_little_stays_the_first_and_then_the_newest_tokens_do() -> None:
 # KVMerger
 
 
-def make_prompt(length: int = 90, heads: int = 3, seed: int = 0) -> Context:
+def make_prompt(length: int = 90, heads: int = 3, seed: int = 0) -> tuple[Tokens, Tensor]:
+    """Tokens, and their mass."""
     source = torch.Generator().manual_seed(seed)
     keys = torch.randn(heads, length, 16, generator=source).cumsum(1)
     values = torch.randn(heads, length, 16, generator=source)
-    return Context(0, keys, values, torch.rand(heads, length, generator=source), torch.arange(length, 0, -1))
+    return Tokens(keys, values, torch.ones(heads, length)), torch.rand(heads, length, generator=source)
 
 
 def join_one_by_one(keys: Tensor, alone: set[int], count: int) -> list[list[int]]:
@@ -401,13 +402,13 @@ def join_one_by_one(keys: Tensor, alone: set[int], count: int) -> list[list[int]
 
 @pytest.mark.parametrize("count", [30, 45, 89])
 def test_sets_are_consecutive_cover_all_and_leave_the_protected_alone(count: int) -> None:
-    policy, prompt = KVMerger(sigma=2.0), make_prompt()
-    kept = policy.keep_tokens(prompt, count)
-    assert kept.keys.shape == kept.values.shape == (3, count, 16) and kept.bias is not None
+    prompt, masses = make_prompt()
+    kept = KVMerger(sigma=2.0).merge_tokens(prompt, masses, count)
+    assert kept.keys.shape == kept.values.shape == (3, count, 16)
     for head in range(3):
         recent, heavy = int(0.34 * count), int(0.24 * count)
         alone = set(range(90 - recent, 90))
-        mass = prompt.mass[head].tolist()
+        mass = masses[head].tolist()
         alone |= set(sorted(range(90 - recent), key=lambda each: -mass[each])[:heavy])
         sets = join_one_by_one(prompt.keys[head], alone, count)
         assert len(sets) == count and [token for each in sets for token in each] == list(range(90))
@@ -419,26 +420,27 @@ def test_sets_are_consecutive_cover_all_and_leave_the_protected_alone(count: int
             weights = weights / weights.sum()
             for merged, own in ((kept.keys, prompt.keys), (kept.values, prompt.values)):
                 torch.testing.assert_close(merged[head, place], weights @ own[head, each], atol=1e-5, rtol=1e-4)
-            assert float(kept.bias[head, place]) == pytest.approx(np.log(len(each)), abs=1e-6)
+            assert float(kept.sizes[head, place]) == len(each)
             if len(each) == 1:
                 assert torch.equal(kept.keys[head, place], prompt.keys[head, each[0]])
 
 
-def attend_to(kept: Kept | Context, queries: Tensor) -> Tensor:
-    scores = queries @ kept.keys.transpose(1, 2)
-    if kept.bias is not None:
-        scores = scores + kept.bias[:, None]
+def attend_to(kept: Tokens, queries: Tensor) -> Tensor:
+    scores = queries @ kept.keys.transpose(1, 2) + kept.sizes.log()[:, None]
     return scores.softmax(-1) @ kept.values
 
 
 def test_equal_neighbours_are_merged_without_loss() -> None:
-    prompt = make_prompt(40)
-    twins = torch.arange(40).repeat_interleave(torch.arange(40) % 3 + 1)
-    parts = (each[:, twins] for each in (prompt.keys, prompt.values, prompt.mass))
-    prompt = Context(0, *parts, torch.arange(len(twins), 0, -1))
-    kept = KVMerger(recent=0.0, heavy=0.0).keep_tokens(prompt, 40)
+    (tokens, mass), policy = make_prompt(40), KVMerger(recent=0.0, heavy=0.0)
+    repeats = torch.arange(40) % 3 + 1
+    twins = torch.arange(40).repeat_interleave(repeats)
     queries = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(attend_to(kept, queries), attend_to(prompt, queries), atol=1e-5, rtol=1e-4)
+    # The second time what is merged stands for several tokens already.
+    for time in (1, 2):
+        repeated = Tokens(*(each[:, twins] for each in tokens))
+        tokens = policy.merge_tokens(repeated, mass[:, twins], 40)
+        assert torch.equal(tokens.sizes, (repeats**time).float().expand(3, -1))
+        torch.testing.assert_close(attend_to(tokens, queries), attend_to(repeated, queries), atol=1e-5, rtol=1e-4)
 
 
 def test_the_pivot_has_the_most_mass_and_is_the_first_of_equals() -> None:
@@ -448,7 +450,7 @@ def test_the_pivot_has_the_most_mass_and_is_the_first_of_equals() -> None:
 
 
 def test_where_too_much_is_protected_it_is_joined_too() -> None:
-    keys = make_prompt(20, 1).keys
+    keys = make_prompt(20, 1)[0].keys
     sets = join_alike(keys, torch.ones(1, 20, dtype=torch.bool), 7)
     assert sets[0, 0] == 0 and sets[0, -1] == 6 and bool((sets.diff(dim=1) >= 0).all())
 

@@ -1,4 +1,4 @@
-"""How much attention tokens get: the kernel against plain torch, in any chunks and any company."""
+"""What shrinking policies need of kernels, how much attention tokens get and tokens moved, against plain torch."""
 
 from __future__ import annotations
 
@@ -47,11 +47,14 @@ def make_cache(batch: RaggedBatch, kv_heads: int, head: int, dtype: torch.dtype,
     return cache
 
 
+def copy_plane(plane: Tensor) -> Tensor:
+    return torch.empty_strided(plane.shape, plane.stride(), dtype=plane.dtype).copy_(plane)
+
+
 def copy_cache(cache: LayerCache) -> LayerCache:
     """The same numbers, with a mass of its own: copies lie as the originals do."""
     assert cache.mass is not None
-    mass = torch.empty_strided(cache.mass.shape, cache.mass.stride())
-    return replace(cache, mass=mass.copy_(cache.mass))
+    return replace(cache, mass=copy_plane(cache.mass))
 
 
 def make_observed(cases: list[tuple[int, int, int, int]]) -> RaggedBatch:
@@ -127,3 +130,20 @@ def test_a_mass_that_lies_elsewhere_is_refused() -> None:
     wrong = replace(cache, mass=cache.mass.clone())
     with pytest.raises(ValueError, match="mass must lie in their block"):
         CpuKernels().observe(torch.randn(len(batch.positions), 9, 64), wrong, batch, AttentionSpec(0.1))
+
+
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", [64, 256])
+def test_moved_tokens_are_those_of_plain_torch(head: int, dtype: torch.dtype, instruction_set: str) -> None:
+    batch = make_observed([(200, 1, 0, -1), (90, 1, 0, -1)])
+    cache = make_cache(batch, 3, head, dtype)
+    blocks = batch.block_tables[0][0, :7]
+    slots = torch.stack([torch.randperm(200)[:75].sort().values for _ in range(3)])
+    plain, fast = (replace(cache, keys=copy_plane(cache.keys), values=copy_plane(cache.values)) for _ in range(2))
+    ReferenceKernels().move_tokens(plain, blocks, slots, 125)
+    # A cache's keys and values lie together: the kernel is told of one stride for both.
+    CpuKernels(instruction_set).move_tokens(fast, blocks, slots, 125)
+    CpuKernels()
+    assert not torch.equal(plain.keys, cache.keys)
+    assert torch.equal(plain.keys, fast.keys) and torch.equal(plain.values, fast.values)

@@ -1,9 +1,10 @@
 """Shared-context episodes through a KV policy: how likely it finds the gold answers, beside the plain cache.
 
-A policy that makes prompts smaller does so when the prompt is computed. In multi_request the prompt is the context
-alone; each piece is computed anew, which gives the same as starting from one kept cache. In multi_turn it is the
-context and the first query; later queries follow, and gold answers as if they were generated. A query is read at once,
-an answer a token a step. Knows no policy by name.
+A policy that makes prompts smaller does so when the prompt is computed, one with `every` at lengths behind it too. In
+multi_request the prompt is the context alone; each piece is computed anew, which gives the same as starting from one
+kept cache. In multi_turn it is the context and the first query; later queries follow, and gold answers as if they were
+generated. A query is read at once, but for what crosses such a length, an answer a token a step. Knows no policy by
+name.
 """
 
 from __future__ import annotations

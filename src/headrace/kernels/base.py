@@ -281,10 +281,14 @@ class Kernels(Protocol):
         self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
     ) -> None:
         """Add what the observed queries, as in `attention`, give to each exact token they see to its mass, summed over
-        the heads that share a kv head. Tokens have no mass before the first observed query, nor before they come.
+        the heads of a kv head. Tokens have no mass before the first observed query, nor before they come. With a share,
+        a weight counts one if it is at least the average of its query's, and so many times itself besides.
+        For layers without a window; what is sealed gets nothing."""
+        ...
 
-        With a share, a weight counts one if it is at least the average of its query's weights, and so many times itself
-        besides. For layers without a window; what is sealed gets nothing."""
+    def move_tokens(self, cache: LayerCache, blocks: Tensor, slots: Tensor, into: int) -> None:
+        """Copy exact keys and values of slots [kv heads, n], each head its own, to those from `into` on. Slots count
+        from the first of blocks [m]."""
         ...
 
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:

@@ -173,6 +173,10 @@ class CpuKernels:
         described = describe_cache(cache), describe_sealed(cache)
         _cpu.seal(TYPES[cache.keys.dtype], *described, exact.data_ptr(), sealed.data_ptr(), exact.shape[0])
 
+    def move_tokens(self, cache: LayerCache, blocks: Tensor, slots: Tensor, into: int) -> None:
+        blocks, slots, described = blocks.int().contiguous(), slots.contiguous(), describe_cache(cache)
+        _cpu.move_tokens(TYPES[cache.keys.dtype], described, blocks.data_ptr(), slots.data_ptr(), slots.shape[1], into)
+
     def observe(
         self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
     ) -> None:

@@ -134,6 +134,11 @@ class ReferenceKernels:
         units = pack_units(*read_blocks(cache, exact.long()), cache.form)  # [kv heads, units, bytes]
         cache.sealed[sealed.long()] = units.reshape(len(units), len(sealed), -1).transpose(0, 1)
 
+    def move_tokens(self, cache: LayerCache, blocks: Tensor, slots: Tensor, into: int) -> None:
+        chosen = slots[..., None].expand(-1, -1, cache.values.shape[3])
+        keys, values = (each.gather(1, chosen) for each in read_blocks(cache, blocks.long()))
+        write_slots(cache, blocks.long(), into, keys, values)
+
     def observe(
         self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
     ) -> None:
@@ -242,6 +247,16 @@ def read_blocks(cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
     keys = cache.keys[blocks].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
     values = cache.values[blocks].permute(1, 0, 2, 4, 3).flatten(1, 3)
     return keys.float(), values.float()
+
+
+def write_slots(cache: LayerCache, blocks: Tensor, first: int, keys: Tensor, values: Tensor) -> None:
+    """Write keys and values [kv heads, n, D] into the slots from `first` on of these blocks, int64."""
+    heads, count, _ = keys.shape
+    _, _, lanes, size, pair = cache.keys.shape
+    slots = torch.arange(first, first + count, device=blocks.device)
+    blocks, offsets = blocks[slots // size], slots % size
+    cache.keys[blocks, :, :, offsets] = keys.transpose(0, 1).reshape(count, heads, lanes, pair).to(cache.keys.dtype)
+    cache.values[blocks, :, offsets // pair, :, offsets % pair] = values.transpose(0, 1).to(cache.values.dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -71,6 +71,10 @@ class TimedKernels:
         with self.watch.part("other kernels"):
             self.kernels.seal(cache, exact, sealed)
 
+    def move_tokens(self, cache: LayerCache, blocks: Tensor, slots: Tensor, into: int) -> None:
+        with self.watch.part("other kernels"):
+            self.kernels.move_tokens(cache, blocks, slots, into)
+
     def observe(
         self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
     ) -> None:

@@ -63,7 +63,7 @@ class Outlook:
         self.claims: dict[int, int | None] = {} if everyone else find_holders(ledger, running)
         holders = Counter(self.claims.values())
         self.shared = (ledger.shared if everyone else holders[None]) * ledger.layout.block_size
-        # Sequences whose end is the model's choice.
+        # Sequences that grow until the model chooses to end.
         self.uncertain = 0
         self._window_blocks: dict[tuple[int, int, int], int] = {}
         demands = {
@@ -109,15 +109,15 @@ class Outlook:
     def _demand(self, sequence: Sequence, joined: int, computed: int) -> Demand:
         """Of a sequence that shares `joined` blocks of full-attention groups and has computed so many tokens."""
         ledger, known = self.ledger, len(sequence.tokens)
-        self.uncertain += sequence.request.generates and not sequence.request.params.ignore_eos
         size, rate = ledger.layout.block_size, len(ledger.full_groups)
         growth = max(self.lengths.remaining(sequence) - 1, 0)
         prompt = sequence.prompt_length if computed < sequence.prompt_length else 0
         most = ledger.layout.count_held(known + growth, prompt)
         if most < known + growth:
             # Made smaller again and again: it counts as what it will hold at most, all the time.
-            held, rate = rate * (most + size - 1), 0
+            held, rate = rate * size * -(-most // size), 0
         else:
+            self.uncertain += sequence.request.generates and not sequence.request.params.ignore_eos
             held = rate * (known + size - 1) - size * joined
         if ledger.sliding:
             # Most sequences ask the same: a decode that fills its windows.

@@ -124,6 +124,7 @@ class _Draft:
 
     def run_prefills(self) -> None:
         """The rest of the budget for running sequences that have more than one token to compute."""
+        layout = self.room.layout
         prefills = [sequence for sequence in self.alive if len(sequence.tokens) - sequence.computed > 1]
         reserved = self._reserve(prefills)
         lanes, limit = reserved > 0, self.limits.short_prefill or 0
@@ -136,7 +137,7 @@ class _Draft:
             most = min(len(sequence.tokens) - computed, reserved if long else self.budget - reserved)
             if most < 1:
                 continue
-            self._make_room(computed, blocks, most)
+            self._make_room(computed, blocks, layout.cut_chunk(sequence.prompt_length, computed, most))
             while self.room.fitting(computed, blocks) < 1 and index < len(prefills):
                 self.alive.remove(self._preempt(prefills.pop()))
             length = self._run(sequence, computed, blocks, most)
@@ -189,7 +190,7 @@ class _Draft:
             self.room.claim(blocks)
         cached = len(hit.nodes) * ledger.layout.block_size
         most = min(len(sequence.tokens) - cached, self.budget)
-        self._make_room(cached, len(hit.nodes), most)
+        self._make_room(cached, len(hit.nodes), ledger.layout.cut_chunk(sequence.prompt_length, cached, most))
         self._run(sequence, cached, len(hit.nodes), most)
         self.admitted.append(Admission(sequence.number, cached))
         if hit.key is not None:

@@ -75,7 +75,7 @@ class KVPolicy(Protocol):
     def planes(self) -> tuple[Plane, ...]: ...
 
     def arrange(self, shape: KVShape, block_size: int) -> CacheLayout:
-        """Groups for a model's layers, whether blocks may be shared, and what of a prompt stays.
+        """Groups for a model's layers, whether blocks may be shared, and how much of a sequence stays.
 
         Raises InputError, saying why, for a model or block size it cannot serve.
         """

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.cache.policies.base import Plane
+from headrace.cache.policies.base import LayerStep, Plane
 from headrace.cache.policies.parameters import check_choice, check_number
-from headrace.cache.policies.shrinking import Context, Kept, Shrinking, choose_highest
+from headrace.cache.policies.shrinking import Context, Shrinking, choose_highest, join_heads
 from headrace.core import InputError
+from headrace.kernels.reference import read_blocks, write_slots
+
+
+class Tokens(NamedTuple):
+    """Keys and values of tokens, float32 [kv heads, S, D], and how many tokens each stands for [kv heads, S]."""
+
+    keys: Tensor
+    values: Tensor
+    sizes: Tensor
 
 
 class KVMerger(Shrinking):
@@ -47,10 +58,30 @@ class KVMerger(Shrinking):
         self.recent = recent
         self.heavy = heavy
 
-    def keep_tokens(self, context: Context, count: int) -> Kept:
-        alone = self._protect(context.mass, count)
-        sets = join_alike(context.keys, alone, count)
-        return merge(context, sets, count, self.sigma)
+    def keep_tokens(self, step: LayerStep, context: Context, blocks: Tensor, dropped: int) -> None:
+        cache, size = step.cache, step.cache.keys.shape[3]
+        count = context.length - dropped * size
+        keys, values = (each[:, : context.length] for each in read_blocks(cache, blocks))
+        sizes = torch.ones_like(context.mass)
+        if cache.bias is not None:
+            sizes = join_heads(cache.bias[blocks])[:, : context.length].exp()
+        keys, values, sizes = self.merge_tokens(Tokens(keys, values, sizes), context.mass, count)
+        write_slots(cache, blocks, dropped * size, keys, values)
+        if cache.bias is not None:
+            bias = functional.pad(sizes.log(), (0, -count % size))
+            cache.bias[blocks[dropped:]] = bias.view(len(bias), -1, size).transpose(0, 1)
+
+    def merge_tokens(self, tokens: Tokens, mass: Tensor, count: int) -> Tokens:
+        """So many sets of these tokens with this mass [kv heads, S]: each one's weighted mean of keys and of values,
+        and the sum of its sizes."""
+        sets = join_alike(tokens.keys, self._protect(mass, count), count)
+        center = find_pivots(mass, sets, count).gather(1, sets)[..., None].expand_as(tokens.keys)
+        gaps = (tokens.keys - tokens.keys.gather(1, center)).square().sum(-1)
+        weights = torch.exp(-gaps / (2 * self.sigma**2)) * tokens.sizes
+        weights = (weights / add_sets(weights, sets, count).gather(1, sets))[..., None]
+        return Tokens(
+            *(add_sets(each, sets, count) for each in (weights * tokens.keys, weights * tokens.values, tokens.sizes))
+        )
 
     def _protect(self, mass: Tensor, count: int) -> Tensor:
         """The tokens that stay as they are, bool like mass [kv heads, S]."""
@@ -70,19 +101,10 @@ def join_alike(keys: Tensor, alone: Tensor, count: int) -> Tensor:
     return torch.ones_like(alone, dtype=torch.int64).scatter_(1, later, 0).cumsum(1) - 1
 
 
-def merge(context: Context, sets: Tensor, count: int, sigma: float) -> Kept:
-    """Each set's weighted mean of keys and of values, and the logarithm of its size: how many tokens it stands for."""
-    pivots = find_pivots(context.mass, sets, count).gather(1, sets)
-    center = context.keys.gather(1, pivots[..., None].expand_as(context.keys))
-    sizes = torch.ones_like(context.mass) if context.bias is None else context.bias.exp()
-    weights = torch.exp(-(context.keys - center).square().sum(-1) / (2 * sigma**2)) * sizes
-
-    def add(numbers: Tensor) -> Tensor:
-        index = sets if numbers.dim() == 2 else sets[..., None].expand_as(numbers)
-        return numbers.new_zeros(len(sets), count, *numbers.shape[2:]).scatter_add_(1, index, numbers)
-
-    weights = (weights / add(weights).gather(1, sets))[..., None]
-    return Kept(add(weights * context.keys), add(weights * context.values), add(sizes).log())
+def add_sets(numbers: Tensor, sets: Tensor, count: int) -> Tensor:
+    """Sums over each of `count` sets of numbers [kv heads, S, ...]."""
+    index = sets if numbers.dim() == 2 else sets[..., None].expand_as(numbers)
+    return numbers.new_zeros(len(sets), count, *numbers.shape[2:]).scatter_add_(1, index, numbers)
 
 
 def find_pivots(mass: Tensor, sets: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.core import InputError
-from headrace.kernels.base import LayerCache, RaggedBatch
+from headrace.kernels.base import RaggedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +62,6 @@ def take_token(batch: RaggedBatch, sequence: int, row: int) -> RaggedBatch:
         block_tables=tuple(table[own] for table in batch.block_tables),
         begins=None if batch.begins is None else batch.begins[own],
     )
-
-
-def write_slots(cache: LayerCache, table: Tensor, first: int, keys: Tensor, values: Tensor) -> None:
-    """Write keys and values [kv heads, n, D] into the slots from `first` on of a sequence with these blocks, int64."""
-    heads, count, _ = keys.shape
-    _, _, lanes, size, pair = cache.keys.shape
-    slots = torch.arange(first, first + count, device=table.device)
-    blocks, offsets = table[slots // size], slots % size
-    cache.keys[blocks, :, :, offsets] = keys.transpose(0, 1).reshape(count, heads, lanes, pair).to(cache.keys.dtype)
-    cache.values[blocks, :, offsets // pair, :, offsets % pair] = values.transpose(0, 1).to(cache.values.dtype)
 
 
 def map_file(folder: str, count: int, dtype: torch.dtype) -> Tensor:

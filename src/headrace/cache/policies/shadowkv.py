@@ -21,10 +21,10 @@ from torch import Tensor
 from headrace.cache.layout import CacheLayout, Shrink
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_number
-from headrace.cache.policies.selecting import map_file, take_token, write_slots
+from headrace.cache.policies.selecting import map_file, take_token
 from headrace.core import InputError
 from headrace.kernels.base import SealedForm
-from headrace.kernels.reference import read_blocks, rotate
+from headrace.kernels.reference import read_blocks, rotate, write_slots
 
 CHUNK = 8
 

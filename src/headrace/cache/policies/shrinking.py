@@ -10,48 +10,31 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from headrace.cache.layout import CacheLayout, Shrink
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_number
 from headrace.core import InputError
-from headrace.kernels.base import LayerCache, SealedForm
-from headrace.kernels.reference import read_blocks
+from headrace.kernels.base import SealedForm
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One layer's part of what a sequence holds: S tokens, in their order. Tensors are float32.
+    """What a policy knows of the S tokens that a sequence holds in one layer, in their order.
 
-    keys, values  [kv heads, S, D]
-    mass          [kv heads, S] what the queries that count gave to each token
-    queries       [S] how many of them have seen it
-    bias          [kv heads, S] what is added to the scores of each; None: nothing
-    end           tokens that the sequence has had in all
+    mass     float32 [kv heads, S], what the queries that count gave to each token
+    queries  int64 [S], how many of them have seen it
+    end      tokens that the sequence has had in all
     """
 
     layer: int
-    keys: Tensor
-    values: Tensor
     mass: Tensor
     queries: Tensor
-    bias: Tensor | None = None
-    end: int = 0
+    end: int
 
     @property
     def length(self) -> int:
-        return self.keys.shape[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What stays: keys and values [kv heads, n, D], and what is added to scores [kv heads, n], if anything. Each head
-    may keep others, all keep n."""
-
-    keys: Tensor
-    values: Tensor
-    bias: Tensor | None = None
+        return self.mass.shape[1]
 
 
 class Shrinking(ABC):
@@ -114,8 +97,9 @@ class Shrinking(ABC):
         return 0.0
 
     @abstractmethod
-    def keep_tokens(self, context: Context, count: int) -> Kept:
-        """What stays of a context: exactly `count` tokens, fewer than it has, in the order of their positions."""
+    def keep_tokens(self, step: LayerStep, context: Context, blocks: Tensor, dropped: int) -> None:
+        """Make a context smaller, which lies in these blocks [n] from their beginning: as many tokens as it has room
+        for without the first `dropped` blocks, in the order of their positions, go where those end."""
 
     def _shrink(self, step: LayerStep, sequence: int, dropped: int) -> None:
         """Keep some of a sequence that is about to lose so many blocks more."""
@@ -123,24 +107,23 @@ class Shrinking(ABC):
         size, end = cache.keys.shape[3], int(batch.context_lengths[sequence])
         begin = 0 if batch.begins is None else int(batch.begins[sequence])
         blocks = batch.block_tables[cache.group][sequence, begin // size : -(-end // size)].long()
-        keys, values = (each[:, : end - begin] for each in read_blocks(cache, blocks))
-        mass, bias = (
-            None if plane is None else join_heads(plane[blocks])[:, : end - begin] for plane in (cache.mass, cache.bias)
-        )
+        if cache.mass is None:
+            mass = torch.zeros(cache.keys.shape[1], end - begin, device=blocks.device)
+        else:
+            mass = join_heads(cache.mass[blocks])[:, : end - begin]
         first = 0 if batch.observed is None else max(int(batch.observed[sequence]), 0)
-        queries = end - torch.arange(begin, end, device=keys.device).clamp(min=first)
-        none = keys.new_zeros(keys.shape[:2])
-        context = Context(step.layer, keys, values, none if mass is None else mass, queries, bias, end)
-        write_kept(cache, blocks[dropped:], self.keep_tokens(context, end - begin - dropped * size))
+        queries = end - torch.arange(begin, end, device=blocks.device).clamp(min=first)
+        self.keep_tokens(step, Context(step.layer, mass, queries, end), blocks, dropped)
 
 
 class Evicting(Shrinking):
     """A policy that keeps some tokens as they are, those of the highest scores."""
 
-    def keep_tokens(self, context: Context, count: int) -> Kept:
-        scores = self.score(context, count).expand(len(context.keys), -1)
-        chosen = choose_highest(scores, count)[..., None].expand(-1, -1, context.keys.shape[2])
-        return Kept(context.keys.gather(1, chosen), context.values.gather(1, chosen))
+    def keep_tokens(self, step: LayerStep, context: Context, blocks: Tensor, dropped: int) -> None:
+        into = dropped * step.cache.keys.shape[3]
+        count = context.length - into
+        chosen = choose_highest(self.score(context, count).expand(len(context.mass), -1), count)
+        step.kernels.move_tokens(step.cache, blocks, chosen, into)
 
     @abstractmethod
     def score(self, context: Context, count: int) -> Tensor:
@@ -162,18 +145,6 @@ def protect(scores: Tensor, count: int, sinks: int, recent: int) -> Tensor:
     scores[..., :sinks] = torch.inf
     scores[..., scores.shape[-1] - recent :] = torch.inf
     return scores
-
-
-def write_kept(cache: LayerCache, blocks: Tensor, kept: Kept) -> None:
-    """Write what stays into blocks [n] from their beginning."""
-    _, _, lanes, size, pair = cache.keys.shape
-    rest = (0, 0, 0, len(blocks) * size - kept.keys.shape[1])
-    keys, values = (functional.pad(each, rest).to(cache.keys.dtype) for each in (kept.keys, kept.values))
-    cache.keys[blocks] = keys.view(len(keys), -1, size, lanes, pair).permute(1, 0, 3, 2, 4)
-    cache.values[blocks] = values.view(len(keys), -1, size // pair, pair, lanes * pair).permute(1, 0, 2, 4, 3)
-    if cache.bias is not None and kept.bias is not None:
-        bias = functional.pad(kept.bias, rest[2:])
-        cache.bias[blocks] = bias.view(len(bias), -1, size).transpose(0, 1)
 
 
 def join_heads(plane: Tensor) -> Tensor:

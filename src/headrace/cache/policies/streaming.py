@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class Streaming(Evicting):
         self.sinks = sinks
 
     def score(self, context: Context, count: int) -> Tensor:
-        places = torch.arange(context.length, dtype=torch.float32, device=context.keys.device)
+        places = torch.arange(context.length, dtype=torch.float32, device=context.mass.device)
         return protect(places[None], count, self.sinks, 0)
 
 
@@ -42,8 +44,8 @@ class RandomTokens(Evicting):
         self.seed = seed
 
     def score(self, context: Context, count: int) -> Tensor:
-        # At the prompt's end, where nothing has gone before, end and length are the same.
-        earlier = context.end - context.length
-        chance = torch.Generator().manual_seed((earlier << 40) + (self.seed << 16) + context.layer)
-        scores = torch.rand(len(context.keys), context.length, generator=chance).to(context.keys.device)
+        # torch uses 32 bits of a seed: these are made of all three numbers.
+        mixed = random.Random(f"{self.seed} {context.layer} {context.end}").getrandbits(32)
+        chance = torch.Generator().manual_seed(mixed)
+        scores = torch.rand(context.mass.shape, generator=chance).to(context.mass.device)
         return protect(scores, count, self.sinks, 0)

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "heads.h"
 #include "linear.h"
+#include "move.h"
 #include "norm.h"
 #include "observe.h"
 #include "probe.h"
@@ -54,13 +55,15 @@ void observe_any(Type type, Rows queries, Cache cache, Batch batch, Attention sp
     TYPED(observe<T>(queries, cache, batch, spec, observed));
 }
 
+void move_tokens_any(Type type, Cache cache, Moved moved) { TYPED(move_tokens<T>(cache, moved)); }
+
 }  // namespace
 
 namespace headrace {
 
 const Table& HEADRACE_TABLE() {
-    static const Table table = {HEADRACE_NAME,   pack,          linear_any, find_largest_any, rms_norm_any,          add_rms_norm_any,
-                                place_heads_any, attention_any, seal_any,   observe_any,      multiply_registers_of, sweep};
+    static const Table table = {HEADRACE_NAME,    pack,     linear_any,  find_largest_any, rms_norm_any,          add_rms_norm_any, place_heads_any,
+                                attention_any,    seal_any, observe_any, move_tokens_any,  multiply_registers_of, sweep};
     return table;
 }
 

@@ -160,6 +160,11 @@ NB_MODULE(_cpu, m) {
         nb::gil_scoped_release release;
         chosen->seal(Type(type), c, s, at<int32_t>(from), at<int32_t>(into), count);
     });
+    m.def("move_tokens", [](int type, nb::tuple cache, uintptr_t blocks, uintptr_t slots, int64_t count, int64_t into) {
+        Cache c = cache_of(cache);
+        nb::gil_scoped_release release;
+        chosen->move_tokens(Type(type), c, {at<int32_t>(blocks), at<int64_t>(slots), count, into});
+    });
     m.def("observe", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple batch, nb::tuple spec, uintptr_t mass, uintptr_t firsts,
                         float share) {
         Attention attention = attention_of(spec);

@@ -13,7 +13,7 @@ namespace {
 
 using namespace headrace;
 
-constexpr int64_t OBSERVED_SCORES = 1 << 17;  // scores of a tile: what a core's own cache holds
+constexpr int64_t OBSERVED_SCORES = 1 << 20;  // of a tile: with fewer queries, keys would be read more often than scores
 
 template <class T>
 struct Observer {

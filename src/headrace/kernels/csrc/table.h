@@ -111,6 +111,14 @@ struct Observed {
     float share;
 };
 
+// Tokens that are moved: of kv head h those in slots[h * count ...] come to the slots from `into` on. Slots count from the
+// first of some blocks.
+struct Moved {
+    const int32_t* blocks;
+    const int64_t* slots;
+    int64_t count, into;
+};
+
 struct Table {
     const char* name;
     // A weight [out, in], or [2 out, in] gates first, of the given type into panels. Ignores weight.panels.
@@ -129,6 +137,7 @@ struct Table {
     void (*seal)(Type type, Cache cache, Sealed sealed, const int32_t* from, const int32_t* into, int64_t count);
     // Add to the mass of exact tokens what queries give to them; new tokens have none, and at the first query that counts all do.
     void (*observe)(Type type, Rows queries, Cache cache, Batch batch, Attention spec, Observed observed);
+    void (*move_tokens)(Type type, Cache cache, Moved moved);
     // What the processor can do at most (probe.h): multiply-adds done, and a sweep over memory.
     int64_t (*multiply_registers)(Type type, int64_t rounds);
     void (*sweep)(Sweep kind, char* data, int64_t bytes);

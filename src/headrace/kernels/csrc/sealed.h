@@ -62,32 +62,28 @@ inline float plane_weight(int64_t plane) { return plane ? 16.0f : 1.0f; }
 
 inline float sum_plane_weights(int64_t planes) { return planes == 2 ? 17.0f : 1.0f; }
 
-// scaled [planes][rows][SIZE] = x [rows, stride] * scales, rounded to T; bases [rows]: what x has of the minimums, less what
-// OFFSET adds to every code.
+// scaled [planes][rows][SIZE] = x [rows, stride] * scales, rounded to T; added to the sum of bases [rows]: what x has of the
+// minimums, less what OFFSET adds to every code.
 template <class T, int ROWS>
 void scale_rows(const T* x, int64_t stride, const half* scales, const half* minimums, int64_t size, float offset, int64_t planes, int64_t plane_size, T* scaled,
-                float* bases) {
-    using Lanes = typename LanesOf<T>::type;
-    vf least[ROWS] = {}, added[ROWS] = {};
-    T less[W * Lanes::GROUP];
-    for (int64_t i = 0; i < Lanes::GROUP; i++) store(less + i * W, splat(-offset * sum_plane_weights(planes)));
-    uint32_t offsets;
-    std::memcpy(&offsets, less, sizeof offsets);
-    for (int64_t d = 0; d < size; d += W) {
-        vf scale = load(scales + d), minimum = load(minimums + d);
+                vf (&bases)[ROWS]) {
+    vf rounded[ROWS] = {};
+    for (int64_t d = 0; d < size; d += 2 * W) {
+        vf scale[2] = {load(scales + d), load(scales + d + W)}, minimum[2] = {load(minimums + d), load(minimums + d + W)};
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
-            vf value = load(x + r * stride + d), product = value * scale;
-            least[r] = multiply_add(value, minimum, least[r]);
-            store(scaled + r * size + d, product);
-            if (planes == 2) store(scaled + plane_size + r * size + d, product * plane_weight(1));
+            vf first = load(x + r * stride + d), second = load(x + r * stride + d + W);
+            bases[r] = multiply_add(second, minimum[1], multiply_add(first, minimum[0], bases[r]));
+            T* into = scaled + r * size + d;
+            rounded[r] = add_stored(into, first * scale[0], second * scale[1], rounded[r]);
+            if (planes == 2) {
+                store(into + plane_size, first * scale[0] * plane_weight(1));
+                store(into + plane_size + W, second * scale[1] * plane_weight(1));
+            }
         }
     }
-    // The sum of what was rounded, times the offset.
-    for (int64_t d = 0; d < size / Lanes::GROUP; d += W)
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; r++) added[r] = Lanes::step(added[r], offsets, load((const uint32_t*)(scaled + r * size) + d));
-    for (int r = 0; r < ROWS; r++) bases[r] = sum(least[r] + added[r]);
+    vf less = splat(-offset * sum_plane_weights(planes));
+    for (int r = 0; r < ROWS; r++) bases[r] = multiply_add(rounded[r], less, bases[r]);
 }
 
 // sums [rows, 2 vectors] += scaled rows, `stride` lanes apart, times one row of words. As a call of its own it
@@ -109,7 +105,7 @@ inline __attribute__((always_inline)) void add_words(vf (&sums)[ROWS][2], const 
 // scores [rows, 32] of a unit = scaled queries [planes][rows][head] times its codes, plus a base each. Asks for `bytes` that lie
 // ahead meanwhile, some with each word: scattered units are over before the processor has seen a pattern.
 template <class T, int BITS, int ROWS>
-void score_unit(const uint32_t* scaled, int64_t plane_lanes, const float* bases, const char* unit, float* scores, int64_t span, int64_t head, int64_t planes,
+void score_unit(const uint32_t* scaled, int64_t plane_lanes, const vf (&bases)[ROWS], const char* unit, float* scores, int64_t span, int64_t head, int64_t planes,
                 const char* ahead, int64_t bytes) {
     using C = Codes<T, BITS>;
     int64_t words = head * BITS / 32, share = (bytes / planes / words + 63) / 64 * 64;
@@ -122,26 +118,36 @@ void score_unit(const uint32_t* scaled, int64_t plane_lanes, const float* bases,
                 add_words<C, ROWS>(sums, (const uint32_t*)unit + row * UNIT + j, scaled + plane * plane_lanes + w * C::STEPS, head / C::Lanes::GROUP);
             }
         for (int r = 0; r < ROWS; r++) {
-            store(scores + r * span + j, sums[r][0] + bases[r]);
-            store(scores + r * span + j + W, sums[r][1] + bases[r]);
+            float base = sum(bases[r]);
+            store(scores + r * span + j, sums[r][0] + base);
+            store(scores + r * span + j + W, sums[r][1] + base);
         }
     }
 }
 
-// outputs [rows, head] += scaled weights [planes][rows][32] of one group of 32 channels times a unit's codes, plus a base each.
+// outputs [rows, head] += weights [rows, span] times the values that 32 channels have in a span's units.
 template <class T, int BITS, int ROWS>
-void add_unit_values(const uint32_t* scaled, int64_t plane_lanes, const float* bases, const char* codes, float* outputs, int64_t head, int64_t planes) {
+void add_unit_values(const SealedSpan& blocks, const SpanRows& rows, int64_t r, int64_t group, int64_t planes, T* scaled) {
     using C = Codes<T, BITS>;
-    for (int64_t d = 0; d < UNIT; d += 2 * W) {
-        vf sums[ROWS][2] = {};
-        for (int64_t plane = 0; plane < planes; plane++)
-            for (int64_t w = 0; w < BITS; w++)
-                add_words<C, ROWS>(sums, (const uint32_t*)codes + (plane * BITS + w) * head + d, scaled + plane * plane_lanes + w * C::STEPS,
-                                   UNIT / C::Lanes::GROUP);
-        for (int r = 0; r < ROWS; r++) {
-            float* output = outputs + r * head + d;
-            store(output, load(output) + (sums[r][0] + bases[r]));
-            store(output + W, load(output + W) + (sums[r][1] + bases[r]));
+    constexpr int64_t STRIDE = UNIT / C::Lanes::GROUP;
+    vf sums[UNIT / (2 * W)][ROWS][2] = {}, bases[ROWS] = {};
+    int64_t groups = rows.head / UNIT, plane_size = ROWS * UNIT;
+    for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
+        const half* scales = (const half*)(blocks.units[unit] + blocks.shape.value_scales()) + group * UNIT;
+        scale_rows<T, ROWS>((const T*)rows.weights + r * rows.span + unit * UNIT, rows.span, scales, scales + groups * UNIT, UNIT, C::OFFSET, planes, plane_size,
+                            scaled, bases);
+        const uint32_t* codes = (const uint32_t*)(blocks.units[unit] + blocks.shape.values()) + group * UNIT;
+        for (int64_t part = 0; part < UNIT / (2 * W); part++)
+            for (int64_t plane = 0; plane < planes; plane++)
+                for (int64_t w = 0; w < BITS; w++)
+                    add_words<C, ROWS>(sums[part], codes + (plane * BITS + w) * rows.head + part * 2 * W,
+                                       (const uint32_t*)scaled + plane * plane_size / C::Lanes::GROUP + w * C::STEPS, STRIDE);
+    }
+    for (int i = 0; i < ROWS; i++) {
+        float base = sum(bases[i]);
+        for (int64_t part = 0; part < UNIT / W; part++) {
+            float* output = rows.outputs + (r + i) * rows.head + group * UNIT + part * W;
+            store(output, load(output) + (sums[part / 2][i][part % 2] + base));
         }
     }
 }
@@ -160,38 +166,29 @@ void score_sealed(const SealedSpan& blocks, const SpanRows& rows, Scratch<T>& s)
     by_bits(blocks.shape.key_bits, [&](auto bits, int64_t planes) {
         using C = Codes<T, decltype(bits)::value>;
         int64_t head = rows.head, plane_size = SCORE_ROWS * head;
-        for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
-            const half* scales = (const half*)(blocks.units[unit] + blocks.shape.key_scales());
-            for (int64_t r = rows.low; r < rows.high; r += SCORE_ROWS)
-                by_count<SCORE_ROWS>(rows.high - r, [&](auto count) {
+        for (int64_t r = rows.low; r < rows.high; r += SCORE_ROWS)
+            by_count<SCORE_ROWS>(rows.high - r, [&](auto count) {
+                for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
+                    const half* scales = (const half*)(blocks.units[unit] + blocks.shape.key_scales());
+                    vf bases[count()] = {};
                     scale_rows<T, count>((const T*)rows.queries + r * head, head, scales, scales + head, head, C::OFFSET, planes, plane_size, s.scaled.data(),
-                                         s.bases.data());
-                    score_unit<T, decltype(bits)::value, count>((const uint32_t*)s.scaled.data(), plane_size / C::Lanes::GROUP, s.bases.data(),
+                                         bases);
+                    score_unit<T, decltype(bits)::value, count>((const uint32_t*)s.scaled.data(), plane_size / C::Lanes::GROUP, bases,
                                                                 blocks.units[unit], rows.scores + r * rows.span + unit * UNIT, rows.span, head, planes,
                                                                 blocks.ahead[unit], blocks.shape.bytes());
-                });
-        }
+                }
+            });
     });
 }
 
 template <class T>
 void add_sealed_values(const SealedSpan& blocks, const SpanRows& rows, Scratch<T>& s) {
     by_bits(blocks.shape.value_bits, [&](auto bits, int64_t planes) {
-        using C = Codes<T, decltype(bits)::value>;
-        int64_t head = rows.head, groups = head / UNIT, plane_size = OUTPUT_ROWS * UNIT;
-        for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
-            const half* scales = (const half*)(blocks.units[unit] + blocks.shape.value_scales());
-            for (int64_t r = rows.low; r < rows.high; r += OUTPUT_ROWS)
-                by_count<OUTPUT_ROWS>(rows.high - r, [&](auto count) {
-                    for (int64_t g = 0; g < groups; g++) {
-                        scale_rows<T, count>((const T*)rows.weights + r * rows.span + unit * UNIT, rows.span, scales + g * UNIT,
-                                             scales + (groups + g) * UNIT, UNIT, C::OFFSET, planes, plane_size, s.scaled.data(), s.bases.data());
-                        const char* codes = blocks.units[unit] + blocks.shape.values() + g * UNIT * (int64_t)sizeof(uint32_t);
-                        add_unit_values<T, decltype(bits)::value, count>((const uint32_t*)s.scaled.data(), plane_size / C::Lanes::GROUP, s.bases.data(),
-                                                                         codes, rows.outputs + r * head + g * UNIT, head, planes);
-                    }
-                });
-        }
+        for (int64_t r = rows.low; r < rows.high; r += OUTPUT_ROWS)
+            by_count<OUTPUT_ROWS>(rows.high - r, [&](auto count) {
+                for (int64_t group = 0; group < rows.head / UNIT; group++)
+                    add_unit_values<T, decltype(bits)::value, count>(blocks, rows, r, group, planes, s.scaled.data());
+            });
     });
 }
 

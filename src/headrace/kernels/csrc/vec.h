@@ -53,7 +53,12 @@ inline vf load(const float* p) {
 inline vf load(const bf16* p) {
     vh half;
     std::memcpy(&half, p, sizeof half);
+#if defined(__AVX512F__)
+    // Compilers make two halves and join them.
+    return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)half) << 16);
+#else
     return (vf)(__builtin_convertvector(half, vu) << 16);
+#endif
 }
 
 inline vf load(const half* p) {
@@ -90,6 +95,26 @@ inline void store(bf16* p, vf v) {
     vh half = __builtin_convertvector(rounded, vh);
 #endif
     std::memcpy(p, &half, sizeof half);
+}
+
+// Store two vectors beside each other, and add what they are then, rounded, to sums whose own sum counts.
+inline vf add_stored(float* p, vf first, vf second, vf sums) {
+    store(p, first);
+    store(p + W, second);
+    return sums + first + second;
+}
+
+inline vf add_stored(bf16* p, vf first, vf second, vf sums) {
+#if defined(__AVX512BF16__)
+    // Reading them again would wait until they are written.
+    auto both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    std::memcpy(p, &both, sizeof both);
+    return (vf)_mm512_dpbf16_ps((__m512)sums, both, (__m512bh)(vu{} + 0x3f803f80u));
+#else
+    store(p, first);
+    store(p + W, second);
+    return sums + load(p) + load(p + W);
+#endif
 }
 
 // The first n < W lanes; the others are zero, or not written.

@@ -24,8 +24,9 @@ from tiny import make_tiny_model
 
 from headrace.checkpoint import open_checkpoint
 from headrace.core import HeadraceError, Request, SamplingParams
+from headrace.engine.memory import read_available_bytes
 from headrace.llm import LLM
-from headrace.options import SamplingOptions, ServeOptions
+from headrace.options import EngineOptions, SamplingOptions, ServeOptions
 from headrace.server.exchange import Exchange
 from headrace.server.keys import Key, add_key
 from headrace.server.models import Models
@@ -438,6 +439,23 @@ def test_a_client_chooses_a_kv_policy_by_the_models_name(tmp_path: Path) -> None
         (expected,) = llm.generate([prompt], SamplingParams(max_tokens=20, ignore_eos=True, logprobs=1), progress=False)
     logprobs = [each.logprob for each in expected.outputs[0].logprobs]
     assert found[f"tiny:{kv}"] == pytest.approx(logprobs, abs=1e-6)
+
+
+def test_caches_are_promised_no_more_memory_than_is_free(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "tiny", head_dim=32)
+    engine = EngineOptions(model=str(model), precision="fp32", block_size=32, kv_memory_share=0.6, threads=1)
+    models = Models(engine, ServeOptions(kv_also=("kivi", "snapkv")))
+
+    async def open_all() -> list[int]:
+        models.start()
+        try:
+            return [(await models.open(name))[2].resolved["kv_cache_bytes"] for name in models.known_models()]
+        finally:
+            await models.close()
+
+    free, budgets = read_available_bytes(), asyncio.run(open_all())
+    assert len(budgets) == 3 and sum(budgets) < free
+    assert 0.2 < budgets[1] / budgets[0] < 0.6 and 0.2 < budgets[2] / budgets[1] < 0.6
 
 
 def test_a_kv_policy_that_cannot_serve_keeps_the_server_from_starting(tiny_model: Path, tmp_path: Path) -> None:

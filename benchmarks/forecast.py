@@ -20,7 +20,6 @@ from headrace import LLM, SamplingParams
 from headrace.core import Request
 from headrace.meter.peaks import describe_machine
 from headrace.meter.step_time import describe_setting, load_step_time
-from headrace.plan.probe import time_probe
 from headrace.plan.simulator import Memory, Simulated, Simulator, Task
 
 PILES = ("prefill", "decode", "mixed", "prefix", "rag", "few-shot", "documents", "tree", "long", "tiny")
@@ -35,8 +34,7 @@ def make_pile(kind: str) -> list[Row]:
     return make_rows(kind)
 
 
-def simulate(llm: LLM, rows: list[Row], requests: list[Request]) -> tuple[Simulated, float]:
-    """What is foreseen, and how many times as long steps take now as when they were measured."""
+def simulate(llm: LLM, rows: list[Row], requests: list[Request]) -> Simulated:
     step_time = load_step_time(
         describe_setting(llm.model_hash, describe_machine(llm.resolved["instruction_set"]), llm.resolved)
     )
@@ -44,8 +42,7 @@ def simulate(llm: LLM, rows: list[Row], requests: list[Request]) -> tuple[Simula
         raise SystemExit("no step times for these settings: run `headrace bench steps` first")
     memory = Memory.of_engine(llm.engine)
     tasks = [Task(request, output) for request, (_, output) in zip(requests, rows, strict=True)]
-    drift = step_time.find_drift(time_probe(llm.engine.model, llm.options.block_size))
-    return Simulator(llm.options, memory, step_time.scale(drift)).run(tasks), drift
+    return Simulator(llm.options, memory, step_time).run(tasks)
 
 
 def main() -> None:
@@ -56,33 +53,27 @@ def main() -> None:
     parser.add_argument("--schedule", default="planned")
     options = parser.parse_args()
     print(
-        "| pile | rows | forecast | measured | error | drift | error without it | steps | same steps |\n"
-        "|---|---|---|---|---|---|---|---|---|",
-        flush=True,
+        "| pile | rows | forecast | measured | error | steps | same steps |\n|---|---|---|---|---|---|---|", flush=True
     )
-    errors, undrifted = [], []
+    errors = []
     for kind in options.piles:
         rows = make_pile(kind)
         params = [SamplingParams(max_tokens=output, ignore_eos=True) for _, output in rows]
         with LLM(options.model, precision=options.precision, schedule=options.schedule) as llm:
             requests = [Request(str(place), tuple(prompt), params[place]) for place, (prompt, _) in enumerate(rows)]
-            found, drift = simulate(llm, rows, requests)
+            found = simulate(llm, rows, requests)
             began = time.perf_counter()
             llm.generate([prompt for prompt, _ in rows], params, progress=False)
             seconds = time.perf_counter() - began
             steps = [tuple(point[2:]) for point in llm.engine.meter.timeline]
         same = [tuple(map(float, point[2:])) for point in found.timeline] == [tuple(map(float, each)) for each in steps]
         errors.append(found.seconds / seconds - 1)
-        undrifted.append(found.seconds / drift / seconds - 1)
         print(
-            f"| {kind} | {len(rows)} | {found.seconds:.2f} s | {seconds:.2f} s | {errors[-1]:+.1%} | {drift:.2f} | "
-            f"{undrifted[-1]:+.1%} | {found.steps:,} | "
+            f"| {kind} | {len(rows)} | {found.seconds:.2f} s | {seconds:.2f} s | {errors[-1]:+.1%} | {found.steps:,} | "
             f"{'yes' if same else 'no'} |",
             flush=True,
         )
-    for name, each in (("", errors), (" without drift", undrifted)):
-        sizes = [abs(error) for error in each]
-        print(f"median error{name} {statistics.median(sizes):.1%}, largest {max(sizes):.1%}")
+    print(f"\nmedian error {statistics.median(map(abs, errors)):.1%}, largest {max(map(abs, errors)):.1%}")
 
 
 if __name__ == "__main__":

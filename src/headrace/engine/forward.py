@@ -14,7 +14,6 @@ from headrace.cache.policies.plain import Plain
 from headrace.core import Chunk, Request, SamplingParams, Sequence
 from headrace.engine.batch import build_batch
 from headrace.engine.caching import open_cache
-from headrace.kernels.base import RaggedBatch
 from headrace.model import Model
 from headrace.options import EngineOptions
 from headrace.schedule.apply import advance, apply, finish
@@ -27,11 +26,6 @@ def compute_hidden(model: Model, texts: list[list[int]], block_size: int = 32) -
 
     The cache is made for this call: texts should be few and no longer than the context.
     """
-    return model.forward(*lay_out(model, texts, block_size))
-
-
-def lay_out(model: Model, texts: list[list[int]], block_size: int) -> tuple[RaggedBatch, PagedCache]:
-    """One batch of whole texts, and a plain cache with just the room for it."""
     counts = [-(-len(text) // block_size) for text in texts]
     groups = len(Plain().arrange(model.kv_shape, block_size).groups)
     cache = PagedCache(model.kv_shape, Plain(), block_size, groups * sum(counts), str(model.embedding.device))
@@ -43,7 +37,7 @@ def lay_out(model: Model, texts: list[list[int]], block_size: int) -> tuple[Ragg
         tables = [[next(blocks) for _ in range(count)] for _ in range(groups)]
         sequence = Sequence(request, 0, number, [*text, 0], tables=tables)
         scheduled.append((Chunk(number, 0, len(text)), sequence))
-    return build_batch(scheduled, cache.layout, cache.device), cache
+    return model.forward(build_batch(scheduled, cache.layout, cache.device), cache)
 
 
 class AnswerReader:

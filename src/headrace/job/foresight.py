@@ -11,7 +11,6 @@ from headrace.llm import LLM
 from headrace.meter.peaks import describe_machine
 from headrace.meter.step_time import describe_setting, load_step_time
 from headrace.plan.forecast import forecast
-from headrace.plan.probe import time_probe
 from headrace.plan.simulator import Memory
 
 # More would keep a large job from starting; what is left is taken to go on alike.
@@ -33,9 +32,7 @@ def foresee(llm: LLM, feed: Feed, rows: int, elapsed: float) -> dict[str, Any]:
     requests = {sequence.request.id: sequence.request for sequence in engine.state.waiting}
     pile = make_pile(requests.values(), Expectation(llm.tokenizer))
     memory = Memory.of_engine(engine)
-    drift = step_time.find_drift(time_probe(engine.model, llm.options.block_size))
-    now = step_time.scale(drift)
-    found = asdict(forecast(pile.tasks, llm.options, memory, now, pile.outputs_known, MOST_STEPS)) | {"drift": drift}
+    found = asdict(forecast(pile.tasks, llm.options, memory, step_time, pile.outputs_known, MOST_STEPS))
     del found["timeline"]
     found["seconds"] += elapsed
     scale = 1.0 if feed.exhausted else max(1.0, rows / max(1, feed.flow.rows))

@@ -34,7 +34,6 @@ class StepTime:
     windows  what each layer sees, None for all
     error    by which share a pile's time was missed when this was measured; setting says for what it holds
     watts    of the processor while it was measured, None where no counter can be read
-    probe    seconds of a little fixed work when this was measured, 0 if it was not timed: see `find_drift`
     """
 
     setting: str
@@ -46,7 +45,6 @@ class StepTime:
     windows: tuple[int | None, ...]
     error: float
     watts: float | None = None
-    probe: float = 0.0
 
     def predict(self, pieces: Iterable[Piece]) -> float:
         """Seconds that a step of these pieces takes."""
@@ -69,10 +67,6 @@ class StepTime:
             own=self.own * factor,
             shared=self.shared * factor,
         )
-
-    def find_drift(self, probe: float) -> float:
-        """How many times as long steps take as they did, where the fixed work takes so many seconds now."""
-        return probe / self.probe if self.probe else 1.0
 
     def most_tokens(self, seconds: float, most: int) -> int:
         """Tokens, at most `most`, that a step may compute in so many seconds, were each a row's next: whole tiles, and

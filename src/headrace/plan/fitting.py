@@ -17,7 +17,6 @@ from headrace.meter.operations import count_seen
 from headrace.meter.peaks import ATTEMPTS, MOST_SCATTER, NoisyMachine, describe_machine
 from headrace.meter.step_time import StepTime, describe_setting, interpolate
 from headrace.options import EngineOptions
-from headrace.plan.probe import time_probe
 from headrace.plan.simulator import Memory, Simulator, Task
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -147,7 +146,6 @@ def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
             "something else uses this machine; try again when it is quiet"
         )
     joules = energy.read()
-    found = replace(found, probe=time_probe(llm.engine.model, llm.options.block_size))
     return replace(found, watts=None if joules is None else joules / (time.perf_counter() - began))
 
 

@@ -7,9 +7,6 @@ from typing import Any
 
 from headrace.meter.report import format_bytes, format_seconds
 
-# Machines are never equally fast twice.
-WORTH_SAYING = 0.1
-
 
 def headline(values: Mapping[str, Any]) -> str:
     """One sentence: how long, and how sure that is."""
@@ -83,5 +80,4 @@ def describe_forecast(found: Mapping[str, Any]) -> str:
         return "no forecast: `headrace bench steps` measures what steps take here, in a minute and once"
     most = "" if found["outputs_known"] else "at most "
     tokens = f"{found['prompt_tokens']:,.0f} prompt tokens, {found['planned_tokens']:,.0f} of them to compute"
-    drift = f" (this machine takes {found['drift']:.2f} times as long as when it was measured)"
-    return f"forecast: {most}{format_time(found)}{drift if abs(found['drift'] - 1) > WORTH_SAYING else ''}; {tokens}"
+    return f"forecast: {most}{format_time(found)}; {tokens}"

@@ -23,8 +23,8 @@ from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_number
 from headrace.cache.policies.selecting import map_file, take_token
 from headrace.core import InputError
-from headrace.kernels.base import SealedForm
-from headrace.kernels.reference import read_blocks, rotate, write_slots
+from headrace.kernels.base import HeadSpec, SealedForm
+from headrace.kernels.reference import read_blocks, rotate, take_head, write_slots
 
 CHUNK = 8
 
@@ -168,11 +168,15 @@ class ShadowKV:
         layer, values = shadow.layers[step.layer], shadow.values[self._whole.index(step.layer)]
         count = self._count_chosen(size)
         chunks = choose_chunks(step.queries[row], layer, count // CHUNK, step.spec.scale)
-        heads = torch.arange(len(chunks), device=chunks.device)[:, None]
-        keys = rebuild_keys(layer, chunks, step.rope)
-        chosen = values[heads.to(values.device), chunks.to(values.device)].flatten(1, 2)
-        table = batch.block_tables[cache.group][sequence].long()
-        write_slots(cache, table, int(batch.begins[sequence]), keys, chosen.to(keys.device))
+        blocks = batch.block_tables[cache.group][sequence, int(batch.begins[sequence]) // size :][: count // size]
+        within = torch.arange(CHUNK, device=chunks.device)
+        slots = (blocks.long()[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
+        for head, own in enumerate(chunks):
+            tokens = (own[:, None] * CHUNK + within).flatten()
+            keys = layer.coordinates[tokens] @ layer.directions[head]
+            fused = torch.stack([keys, values[head, own.to(values.device)].flatten(0, 1).to(keys.device)], 1)
+            rotation = step.rope[0][tokens], step.rope[1][tokens]
+            step.kernels.place_heads(fused, HeadSpec(), rotation, take_head(cache, head), slots)
 
 
 def part_outliers(chunks: Tensor, landmarks: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -207,12 +211,3 @@ def choose_chunks(queries: Tensor, layer: LayerShadow, count: int, scale: float)
     weights = (grouped @ layer.landmarks.float().transpose(1, 2) * scale).softmax(-1).amax(1)
     best = weights.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     return layer.chunks.gather(1, best.sort(-1).values)
-
-
-def rebuild_keys(layer: LayerShadow, chunks: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotated keys of chunks [kv heads, n]: float32 [kv heads, n * CHUNK, D]."""
-    tokens = (chunks[..., None] * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten(1)
-    keys = layer.coordinates[tokens].float() @ layer.directions.float()
-    rows = tokens.flatten()
-    rotate(keys.view(len(rows), 1, -1), rope[0][rows], rope[1][rows])
-    return keys

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from schedule_driver import Driver, make_state
 
+from headrace.cache.layout import CacheLayout, Shrink
+from headrace.cache.ledger import KVLedger
+from headrace.cache.prefix import Hit
 from headrace.core import Constraint, Request, SamplingParams, Sequence
-from headrace.schedule.forecast import Demand, future_peak
+from headrace.schedule.forecast import Demand, Outlook, future_peak
 from headrace.schedule.lengths import (
     ADMISSIONS,
     MOST_KINDS,
@@ -225,3 +229,22 @@ def test_looking_ahead_beats_hoping_for_the_best(seed: int) -> None:
     steps, preempted = run_policies(seed, lambda draw: draw.randrange(100, 401))
     assert preempted["aggressive"] > 400 and preempted["forecast"] <= 0.1 * preempted["aggressive"], preempted
     assert steps["conservative"] >= 1.3 * steps["forecast"], steps
+
+
+def test_a_fixed_budget_needs_no_reserve_for_lengths_that_are_not_known() -> None:
+    """Rows of 2 known tokens, outputs of 500 ± 250 predicted, blocks of 16."""
+    found = {}
+    lengths = learn([250, 750] * 40)
+    for name, shrink in (("none", None), ("budget", Shrink(48, 32)), ("share", Shrink(0.5, 32))):
+        layout = replace(CacheLayout.from_windows([None] * 2, 16), shrink=shrink, shares_prefixes=shrink is None)
+        outlook = Outlook(KVLedger(layout, 4000, prefix_cache=False), lengths, 512, [])
+        for number in range(8):
+            sequence = make_sequence(number, 0, 10_000)
+            sequence.number = number
+            outlook.add(sequence, Hit([]))
+        demands = future_peak(outlook.demands.values())
+        found[name] = (outlook.peak(), -(-demands // 16))
+    # 48 tokens and 32 more are 5 blocks in each row.
+    assert found["budget"] == (40, 40)
+    assert all(reserved > alone for reserved, alone in (found["none"], found["share"]))
+    assert found["share"][0] < found["none"][0]

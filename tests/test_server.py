@@ -441,7 +441,7 @@ def test_a_client_chooses_a_kv_policy_by_the_models_name(tmp_path: Path) -> None
     assert found[f"tiny:{kv}"] == pytest.approx(logprobs, abs=1e-6)
 
 
-def test_caches_are_promised_no_more_memory_than_is_free(tmp_path: Path) -> None:
+def test_caches_together_are_promised_one_share_of_what_is_free(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "tiny", head_dim=32)
     engine = EngineOptions(model=str(model), precision="fp32", block_size=32, kv_memory_share=0.6, threads=1)
     models = Models(engine, ServeOptions(kv_also=("kivi", "snapkv")))
@@ -449,13 +449,13 @@ def test_caches_are_promised_no_more_memory_than_is_free(tmp_path: Path) -> None
     async def open_all() -> list[int]:
         models.start()
         try:
-            return [(await models.open(name))[2].resolved["kv_cache_bytes"] for name in models.known_models()]
+            opened = await asyncio.gather(*(models.open(name) for name in models.known_models()))
+            return [llm.resolved["kv_cache_bytes"] for _, _, llm in opened]
         finally:
             await models.close()
 
     free, budgets = read_available_bytes(), asyncio.run(open_all())
-    assert len(budgets) == 3 and sum(budgets) < free
-    assert 0.2 < budgets[1] / budgets[0] < 0.6 and 0.2 < budgets[2] / budgets[1] < 0.6
+    assert len(budgets) == 3 and all(0.15 < budget / free < 0.25 for budget in budgets)
 
 
 def test_a_kv_policy_that_cannot_serve_keeps_the_server_from_starting(tiny_model: Path, tmp_path: Path) -> None:

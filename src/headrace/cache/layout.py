@@ -78,8 +78,8 @@ class Shrink:
         """Most tokens that are held until `length` are computed, of a prompt of so many if it is not complete yet."""
         if not self.every:
             return length
-        # Lengths at which output is made smaller end with a block, so no more than whole blocks stay; what a prompt's
-        # end leaves beyond that is less than what is missing to the next such length.
+        # Lengths at which output is made smaller end with a block, so whole blocks stay; what a prompt's end leaves
+        # beyond those is no more than what has passed since the last such length.
         return max(prompt, min(length, -(-self.count_kept(length) // block_size) * block_size + self.every))
 
     def find_next(self, prompt: int, start: int) -> int | None:

@@ -63,7 +63,7 @@ class Outlook:
         self.claims: dict[int, int | None] = {} if everyone else find_holders(ledger, running)
         holders = Counter(self.claims.values())
         self.shared = (ledger.shared if everyone else holders[None]) * ledger.layout.block_size
-        # Sequences that grow until the model chooses to end.
+        # Sequences that hold more the longer they get, and end when the model chooses.
         self.uncertain = 0
         self._window_blocks: dict[tuple[int, int, int], int] = {}
         demands = {
@@ -113,11 +113,12 @@ class Outlook:
         growth = max(self.lengths.remaining(sequence) - 1, 0)
         prompt = sequence.prompt_length if computed < sequence.prompt_length else 0
         most = ledger.layout.count_held(known + growth, prompt)
+        if most < ledger.layout.count_held(2 * (known + growth), prompt):
+            self.uncertain += sequence.request.generates and not sequence.request.params.ignore_eos
         if most < known + growth:
-            # Made smaller again and again: it counts as what it will hold at most, all the time.
+            # Made smaller again and again: it counts as what it will hold by its end, all the time.
             held, rate = rate * size * -(-most // size), 0
         else:
-            self.uncertain += sequence.request.generates and not sequence.request.params.ignore_eos
             held = rate * (known + size - 1) - size * joined
         if ledger.sliding:
             # Most sequences ask the same: a decode that fills its windows.

@@ -51,6 +51,10 @@ class Models:
         self.options |= {
             f"{name}:{kv}": replace(options, kv=kv) for name, options in self.options.items() for kv in policies
         }
+        # Caches touch their memory as they fill, so what is free says nothing of what others were promised: all that
+        # may be loaded share alike.
+        share = engine.kv_memory_share / len(self.options)
+        self.options = {name: replace(options, kv_memory_share=share) for name, options in self.options.items()}
         for options in self.options.values() if policies else ():
             # Refuses, before anything is loaded, what cannot serve its model.
             open_site(options, open_checkpoint(options.model))
@@ -75,8 +79,7 @@ class Models:
             if worker is None:
                 await self._make_room(name)
                 assert self._loop is not None  # start was called
-                options = self._share_memory(self.options[name])
-                worker = self.workers[name] = Worker(options, Pace(self._serve), self._loop, self._turns)
+                worker = self.workers[name] = Worker(self.options[name], Pace(self._serve), self._loop, self._turns)
         worker.last_used = time.monotonic()
         try:
             return name, worker, await asyncio.shield(asyncio.wrap_future(worker.ready))
@@ -156,15 +159,6 @@ class Models:
                 if read_available_bytes() >= needed:
                     return
                 await self._free(other)
-
-    def _share_memory(self, options: EngineOptions) -> EngineOptions:
-        """A model's settings, with its share of the memory that has not been promised to those that are loaded, unless
-        they say how large its KV cache is. Caches touch their memory as they fill: what is free says too much."""
-        promised = sum(llm.resolved["kv_cache_bytes"] for _, _, llm in self.loaded())
-        if options.kv_cache_bytes is not None or not promised:
-            return options
-        left = max(0, read_available_bytes() - promised)
-        return replace(options, kv_cache_bytes=max(1, int(left * options.kv_memory_share)))
 
     async def _free(self, name: str) -> None:
         worker = self.workers.pop(name)

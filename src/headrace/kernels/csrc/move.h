@@ -16,10 +16,8 @@ void move_tokens(const Cache& cache, const Moved& moved) {
     int64_t size = cache.block_size, head = cache.head_size, lanes = head / PAIR;
     Pool::get().run(cache.kv_heads, [&](int64_t h, int) {
         // All are read before any is written: one may lie where another goes.
-        static thread_local std::vector<uint32_t> keys;
-        static thread_local std::vector<T> values;
-        keys.resize(moved.count * lanes);
-        values.resize(moved.count * head);
+        std::vector<uint32_t> keys(moved.count * lanes);
+        std::vector<T> values(moved.count * head);
         auto key = [&](int64_t slot) { return (uint32_t*)(cache.keys + moved.blocks[slot / size] * cache.stride) + h * lanes * size + slot % size; };
         auto value = [&](int64_t slot) {
             int64_t place = slot % size;

@@ -228,6 +228,8 @@ def test_time_to_go_weighs_rows_by_their_tokens() -> None:
     assert estimate_rest(State(100, 20, 0, 20, flow), 3000, 300, 3.0) is None
     assert estimate_rest(State(100, 60, 40, 20), 0, 0, 4.0) == 4.0
     assert estimate_rest(State(30, 30, 0, 20, Flow(10, 1000, 100)), 1000, 100, 4.0) == 0.0
+    # Short rows are done first: those that are left have generated more than rows did on average, and are not done.
+    assert estimate_rest(State(30, 10, 0, 0, Flow(30, 3000, 100)), 3000, 1000, 4.0) == (20 * 10 / 2) / 4000 * 4
     counters = Counters(computed_prompt_tokens=2250, cached_prompt_tokens=750, output_tokens=300)
     counters.kv_used_bytes, counters.kv_budget_bytes = 2**20, 2**21
     assert format_progress(measure(state, counters, 33.0)) == (

@@ -88,10 +88,9 @@ class Shrink:
             return prompt
         return start // self.every * self.every + self.every if self.every else None
 
-    def find_observed(self, prompt: int, start: int) -> int:
-        """The position from which queries count for what stays next."""
-        end = self.find_next(prompt, start) or start
-        begin = 0 if start < prompt else max(prompt, end - self.every)
+    def find_observed(self, prompt: int, end: int) -> int:
+        """The position from which queries count for what stays at this length, one of those that `find_next` gives."""
+        begin = 0 if end == prompt else max(prompt, end - self.every)
         return begin if self.queries is None else max(begin, end - self.queries)
 
     def cut(self, prompt: int, start: int, length: int) -> int:

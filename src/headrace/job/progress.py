@@ -134,7 +134,8 @@ def estimate_rest(state: State, prompt_tokens: int, output_tokens: int, seconds:
     """Seconds to go: the tokens to come at the speed until now, given the tokens done in this run and its seconds.
 
     Prompts that were read are known, the others are taken to be as long as their mean; outputs to be as long as the
-    mean of the finished rows. Rows that need no engine count as rows without tokens, on both sides.
+    mean of the finished rows, and where those that are left are longer already, to take half as much again. Rows that
+    need no engine count as rows without tokens, on both sides.
     """
     flow, done, left = state.flow, state.rows_done - state.rows_before, state.rows_total - state.rows_done
     if done < 1:
@@ -143,8 +144,8 @@ def estimate_rest(state: State, prompt_tokens: int, output_tokens: int, seconds:
         return round(seconds / done * left, 1)
     rows = state.rows_total - state.rows_before
     all_prompts = flow.prompt_tokens / max(1, flow.rows) * rows
-    all_outputs = flow.output_tokens / done * rows
-    to_come = max(0.0, all_prompts - prompt_tokens) + max(0.0, all_outputs - output_tokens)
+    output = flow.output_tokens / done
+    to_come = max(0.0, all_prompts - prompt_tokens) + max(output * rows - output_tokens, output * left / 2)
     return round(to_come / (prompt_tokens + output_tokens) * seconds, 1)
 
 

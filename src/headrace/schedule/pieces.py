@@ -45,10 +45,10 @@ def find_observed(chunk: Chunk, sequence: Sequence, layout: CacheLayout) -> int:
     if layout.shrink is None or layout.shrink.queries == 0:
         return -1
     following = layout.shrink.find_next(sequence.prompt_length, chunk.start)
-    first = layout.shrink.find_observed(sequence.prompt_length, chunk.start)
-    if following is None or first >= chunk.start + chunk.length or not count_lost(sequence, following, layout):
+    if following is None or not count_lost(sequence, following, layout):
         return -1
-    return first
+    first = layout.shrink.find_observed(sequence.prompt_length, following)
+    return first if first < chunk.start + chunk.length else -1
 
 
 def count_lost(sequence: Sequence, length: int, layout: CacheLayout) -> int:

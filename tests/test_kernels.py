@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from headrace.kernels import _cpu
-from headrace.kernels.base import Activation, AttentionSpec, HeadSpec, LayerCache, Matrix, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, LayerCache, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
+from headrace.kernels.matrix import Activation, Matrix
 from headrace.kernels.reference import ReferenceKernels, dequantize
 from headrace.quant import FORMATS as BY_NAME
 from headrace.quant import Quantization

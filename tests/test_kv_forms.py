@@ -18,15 +18,17 @@ from headrace.cache.policies.base import KVShape, LayerStep
 from headrace.cache.policies.bfp import order_channels
 from headrace.cache.policies.choice import make_policy
 from headrace.cache.policies.pairs import PairForm
-from headrace.cache.policies.records import BlockFloat, ByToken, Codec, Record, Whole
-from headrace.cache.policies.restoring import SCRATCH_BLOCKS, attend_restored, lay_keys, lay_values, read_tokens
+from headrace.cache.policies.records import Record
+from headrace.cache.policies.restoring import SCRATCH_BLOCKS, Restorer, read_tokens
 from headrace.cache.policies.slerp import Merged, choose_distant, choose_near, merge
 from headrace.checkpoint import open_checkpoint
 from headrace.core import InputError, SamplingParams
-from headrace.kernels import choose_kernels
+from headrace.kernels import _cpu, choose_kernels
 from headrace.kernels.base import AttentionSpec, LayerCache, SealedForm
 from headrace.kernels.cpu import CpuKernels
+from headrace.kernels.reference import ReferenceKernels
 from headrace.kernels.units import unpack_units
+from headrace.kernels.vectors import Part, VectorForm, lay_vectors
 from headrace.llm import LLM
 from headrace.model import Model, ModelSettings, load_model
 
@@ -70,7 +72,7 @@ def make_text(length: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("mantissa", [2, 4, 8])
 @pytest.mark.parametrize("group", [16, 32, 64])
 def test_block_floats_come_back_within_half_a_step(mantissa: int, group: int) -> None:
-    codec = BlockFloat(32, 128, mantissa, group)
+    codec = VectorForm(32, 128, mantissa, group, exponents=True, by_channel=group == 32)
     x = torch.randn(3, 32, 128) * 10.0 ** torch.randint(-3, 4, (3, 32, 1))
     x[1, 5] = 0
     numbers = codec.encode(x)
@@ -80,28 +82,64 @@ def test_block_floats_come_back_within_half_a_step(mantissa: int, group: int) ->
     # The largest positive mantissa is one less than the largest negative one.
     clamped = grouped > (2 ** (mantissa - 1) - 0.5) * steps
     assert bool((error <= torch.where(clamped, steps, steps / 2)).all()) and not found[1, 5].any()
-    assert sum(part.nbytes for part in codec.parts) == 32 * (128 * mantissa // 8 + 128 // group)
+    assert codec.nbytes == 32 * (128 * mantissa // 8 + 128 // group)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_by_token_come_back_within_half_a_step(bits: int) -> None:
-    codec = ByToken(16, 96, bits)
+    codec = VectorForm(16, 96, bits, 32)
     x = torch.randn(3, 16, 96)
     x[0, 3] = 0.25
     found, groups = codec.decode(codec.encode(x)), x.view(3, 16, 3, 32)
     spread = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
     assert bool(((found.view_as(groups) - groups).abs() <= spread / (2**bits - 1) / 2 * 1.01 + 4e-3).all())
-    assert sum(part.nbytes for part in codec.parts) == 16 * (96 * bits // 8 + 3 * 4)
+    assert codec.nbytes == 16 * (96 * bits // 8 + 3 * 4)
 
 
-@pytest.mark.parametrize("codec", [Whole(32, 64, torch.float16), ByToken(32, 64, 4), BlockFloat(32, 64, 4, 16)])
-def test_a_record_is_read_as_it_was_written(codec: Codec) -> None:
-    record = Record((*Whole(1, 3, torch.bfloat16).parts, *codec.parts))
+FORMS = [
+    VectorForm(32, 64, 32),
+    VectorForm(32, 64, 16, by_channel=True),
+    *(VectorForm(48, 128, bits, 32, by_channel=turned) for bits in (2, 4, 8) for turned in (False, True)),
+    *(
+        VectorForm(16, 64, bits, 16, exponents=True, by_channel=turned)
+        for bits in (2, 4, 8)
+        for turned in (False, True)
+    ),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_record_is_read_as_it_was_written(form: VectorForm) -> None:
+    record = Record((Part(torch.bfloat16, (3,)), *form.parts))
     plane = torch.full((6, record.nbytes + 64), 7, dtype=torch.uint8)
-    numbers = [torch.randn(2, 1, 3).bfloat16(), *codec.encode(torch.randn(2, 32, 64))]
+    numbers = [torch.randn(2, 3).bfloat16(), *form.encode(torch.randn(2, form.tokens, form.width))]
     record.write(plane, torch.tensor([4, 1]), numbers)
     assert record.nbytes % 64 == 0 and bool((plane[[0, 2, 3, 5]] == 7).all())
-    assert all(torch.equal(*both) for both in zip(record.read(plane, torch.tensor([4, 1])), numbers, strict=True))
+    for place, each in enumerate(numbers):
+        assert torch.equal(record.read(plane, torch.tensor([4, 1]), place), each)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+def test_unpacking_gives_the_bits_of_plain_torch(form: VectorForm, dtype: torch.dtype, instruction_set: str) -> None:
+    plane = torch.zeros(7, form.nbytes + 64, dtype=torch.uint8)
+    vectors = torch.randn(7, form.tokens, form.width) * 10.0 ** torch.randint(-2, 3, (7, form.tokens, 1))
+    Record(form.parts).write(plane, torch.arange(7), form.encode(vectors))
+    blocks, factors = torch.tensor([5, 0, 6, 5]), torch.rand(4, form.tokens)
+    orders = [None, torch.randperm(form.width)] if form.by_channel else [None]
+    pair = 4 // dtype.itemsize
+    shape = (2, form.width // 2 // pair, form.tokens) if form.by_channel else (2, form.tokens // pair, form.width // 2)
+    for order in orders:
+        for factor in (None, factors):
+            mine, plain = (torch.full((4, *shape, pair), torch.nan, dtype=dtype) for _ in range(2))
+            CpuKernels(instruction_set).unpack(form, plane, blocks, mine, factor, order)
+            ReferenceKernels().unpack(form, plane, blocks, plain, factor, order)
+            assert torch.equal(mine, plain)
+            expected = form.decode(form.encode(vectors))[blocks]
+            expected = expected if order is None else expected[..., order]
+            expected = expected if factor is None else expected * factor[..., None]
+            assert torch.equal(plain, lay_vectors(expected, plain, form.by_channel).to(dtype))
 
 
 def restored(merged: Merged, lengths: Tensor) -> Tensor:
@@ -172,15 +210,19 @@ def test_a_pair_keeps_lengths_directions_and_the_chosen_tokens(
         (torch.randn(4, 32, 64).to(dtype).float(), torch.randn(4, 32, 64).to(dtype).float()) for _ in range(2)
     )
     planes = torch.zeros(9, form.nbytes, dtype=torch.uint8), torch.zeros(9, form.nbytes, dtype=torch.uint8)
+    cache = make_cache(4, 2, 32, 32, dtype, SealedForm(4, 4))
     blocks = torch.tensor([1, 8, 2, 5]), torch.tensor([3, 2, 0, 7])
     form.write(planes, blocks, layers, lambda first, second: join(first, second, 3))  # type: ignore[arg-type]
-    found = [form.read(planes, blocks, layer) for layer in range(2)]
+    found = []
+    for layer in range(2):
+        form.unpack(CpuKernels(), planes, blocks, layer, (cache.keys, cache.values))
+        found.append(read_tokens(cache, torch.arange(4)))
     for tensor, (first, second) in enumerate(((k1, k2), (v1, v2))):
         merged, chosen = join(first, second, 3)
         rest = torch.ones(4, 32, dtype=torch.bool).scatter(1, chosen, False)
         for own, lengths, mine in ((first, merged.first, found[0][tensor]), (second, merged.second, found[1][tensor])):
             assert torch.equal(mine[~rest], own[~rest])
-            torch.testing.assert_close(mine.norm(dim=-1), lengths, atol=1e-3 * 12, rtol=0)
+            torch.testing.assert_close(mine.norm(dim=-1), lengths, atol=1e-3 * 12, rtol=0 if number == 4 else 4e-3)
             tolerance = 1e-5 if number == 4 else 1e-2
             if bits is None:
                 torch.testing.assert_close(mine[rest], restored(merged, lengths)[rest], atol=tolerance, rtol=tolerance)
@@ -207,8 +249,8 @@ def test_tokens_are_read_and_laid_as_kernels_have_them(dtype: torch.dtype) -> No
     blocks = torch.tensor([3, 0])
     keys, values = read_tokens(cache, blocks)
     assert torch.equal(keys.view(2, 32, 3, 64)[1, 7, 2, 5], cache.keys[0, 2].float().permute(1, 0, 2).flatten(1)[7, 5])
-    assert torch.equal(lay_keys(keys, cache), cache.keys[blocks])
-    assert torch.equal(lay_values(values, cache), cache.values[blocks])
+    assert torch.equal(lay_vectors(keys.to(dtype), cache.keys, True), cache.keys[blocks])
+    assert torch.equal(lay_vectors(values.to(dtype), cache.values, False), cache.values[blocks])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -226,15 +268,18 @@ def test_restored_blocks_are_read_as_a_kernel_reads_sealed_ones(
     assert cache.sealed is not None
     sealed = cache.sealed
 
-    def unpack(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = unpack_units(sealed[blocks].transpose(0, 1), form, 64)
-        return tuple(x.view(3, -1, size, 64).permute(1, 2, 0, 3).flatten(2) for x in (keys, values))  # type: ignore[return-value]
+    def unpack(blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        found = unpack_units(sealed[blocks].transpose(0, 1), form, 64)
+        by_token = [each.view(3, -1, size, 64).permute(1, 2, 0, 3).flatten(2) for each in found]
+        keys.copy_(lay_vectors(by_token[0], keys, True))
+        values.copy_(lay_vectors(by_token[1], values, False))
 
     queries, spec = torch.randn(len(batch.positions), 9, 64).to(dtype), AttentionSpec(0.125)
-    mine = attend_restored(LayerStep(0, queries, cache, batch, spec, fast), unpack)
+    restorer = Restorer()
+    mine = restorer.attend(LayerStep(0, queries, cache, batch, spec, fast), unpack)
     tolerance = 1e-4 if dtype == torch.float32 else 6e-2
     torch.testing.assert_close(mine, fast.attention(queries, cache, batch, spec), atol=tolerance, rtol=tolerance)
-    exactly = attend_restored(LayerStep(0, queries, cache, replace(batch, read_exactly=True), spec, fast), unpack)
+    exactly = restorer.attend(LayerStep(0, queries, cache, replace(batch, read_exactly=True), spec, fast), unpack)
     assert torch.equal(exactly, fast.attention(queries, LayerCache(cache.keys, cache.values), batch, spec))
 
 
@@ -340,7 +385,7 @@ def test_sorted_channels_of_a_few_large_ones_are_told_finer() -> None:
     keys = torch.randn(10, 32, 128)
     # A rotation mixes a channel with the one half a head on.
     keys[..., 64 + torch.cat([large, (large + 32) % 64])] *= 30
-    codec = BlockFloat(32, 128, 4, 16)
+    codec = VectorForm(32, 128, 4, 16, exponents=True)
     small = norms[0].view(2, 2, 32).amax(1, keepdim=True).expand(2, 2, 32).flatten() == 1
 
     def measure(permuted: Tensor, order: Tensor) -> float:

@@ -17,8 +17,9 @@ from torch import Tensor
 from headrace import LLM, SamplingParams
 from headrace.cli import main
 from headrace.core import InputError
-from headrace.kernels.base import AttentionSpec, LayerCache, PackedWeight, RaggedBatch
+from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
+from headrace.kernels.matrix import PackedWeight
 from headrace.kernels.timed import TimedKernels
 from headrace.meter.energy import EnergyCounter
 from headrace.meter.meter import KERNEL_PARTS, MOST_POINTS, Meter

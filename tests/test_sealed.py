@@ -12,7 +12,7 @@ from torch import Tensor
 from headrace.kernels import _cpu
 from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch, SealedForm
 from headrace.kernels.cpu import CpuKernels
-from headrace.kernels.reference import ReferenceKernels, read_blocks
+from headrace.kernels.reference import ReferenceKernels, read_blocks, write_slots
 from headrace.kernels.units import pack_units, unpack_units
 
 PLAIN = ReferenceKernels()
@@ -132,10 +132,35 @@ def test_what_lies_before_the_beginning_is_not_read(sealed: bool) -> None:
     assert_close(CpuKernels().attention(queries, cache, batch, AttentionSpec(0.125)), expected)
 
 
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+def test_small_weights_beside_a_large_one_do_not_pull_values_to_their_minimum(instruction_set: str) -> None:
+    """One token has 0.955 of the attention and 31 of its unit 0.0014 each, less than 8 bits tell beside it."""
+    batch = make_batch([(65, 1)], 32)
+    cache = make_cache(3, 1, 64, 32, torch.bfloat16, SealedForm(4, 4))
+    keys, values = torch.zeros(65, 64), torch.ones(65, 64)
+    keys[0, 0], keys[32:, 0] = 6.5, -20
+    values[:, ::2] = -1
+    values[0] = 0
+    cache.keys.zero_()
+    cache.values.zero_()
+    write_slots(cache, batch.block_tables[0][0].long(), 0, keys[None], values[None])
+    PLAIN.seal(cache, batch.block_tables[0][0], batch.block_tables[1][0])
+    query = torch.zeros(1, 1, 64).bfloat16()
+    query[0, 0, 0] = 8
+    spec = AttentionSpec(0.125)
+    mine, plain = (each.attention(query, cache, batch, spec) for each in (CpuKernels(instruction_set), PLAIN))
+    assert float(plain.abs().min()) > 0.03
+    torch.testing.assert_close(mine.float(), plain.float(), atol=0.055, rtol=0)
+    CpuKernels()
+
+
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("first", [0, 32, 160])
-def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(dtype: torch.dtype, first: int) -> None:
-    fast, size = CpuKernels(), 32
+def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(
+    dtype: torch.dtype, first: int, instruction_set: str
+) -> None:
+    fast, size = CpuKernels(instruction_set), 32
     batch = make_batch([(333, 333), (45, 45)], size)
     cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, size, dtype, SealedForm(4, 2))
     cache = replace(cache, first=first)
@@ -153,12 +178,14 @@ def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(dtype: torch.d
         )
         alone = fast.attention(queries[start : start + length], cache, part, AttentionSpec(0.125))
         assert torch.equal(alone, whole[start : start + length])
+    CpuKernels()
 
 
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("first", [0, 32, 160])
-def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(dtype: torch.dtype, first: int) -> None:
-    fast, count = CpuKernels(), 21
+def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(dtype: torch.dtype, first: int, instruction_set: str) -> None:
+    fast, count = CpuKernels(instruction_set), 21
     lengths = [(300 + 37 * (number % 5), 1) for number in range(count)]
     batch = make_batch(lengths, 32)
     for row in range(count):
@@ -181,6 +208,7 @@ def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(dtype: torch.dtype, fir
             NONE,
         )
         assert torch.equal(fast.attention(queries[row : row + 1], cache, alone, AttentionSpec(0.125))[0], together[row])
+    CpuKernels()
 
 
 def test_blocks_are_read_as_they_were_written() -> None:

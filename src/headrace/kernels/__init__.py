@@ -8,7 +8,8 @@ from functools import cache
 import torch
 
 from headrace.core import InputError
-from headrace.kernels.base import Activation, AttentionSpec, HeadSpec, Kernels, Matrix, PackedWeight, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, RaggedBatch
+from headrace.kernels.matrix import Activation, Matrix, PackedWeight
 from headrace.kernels.reference import ReferenceKernels
 
 __all__ = [

@@ -13,37 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 import headrace.kernels._cpu as _cpu
-from headrace.kernels.base import AttentionSpec, HeadSpec, LayerCache, Matrix, PackedWeight, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, LayerCache, RaggedBatch
+from headrace.kernels.matrix import Matrix, PackedWeight
+from headrace.kernels.panels import TYPES, PanelWeight, address, pack_panels
+from headrace.kernels.vectors import VectorForm
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
-GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
-PANEL = 32
-PARTS = ("panels", "scales", "bias", "group_scales", "group_minimums", "input_scales")
 # Of the next weight so much is fetched while nothing else is done: what a core's own cache holds.
 EXPECTED_BYTES = 2**20
 NOTHING_SEALED = (0, 0, 4, 4, 0, 0, 0, 0)
-# Elements of a weight in a lane of 32 bits, by dtype.
-HELD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4, torch.uint8: 8}
-
-
-class PanelWeight:
-    """A weight as panels of 32 outputs. parts are those of PARTS that there are, panels at least (csrc/table.h).
-    numbers: outputs, padded inputs, inputs that share a scale, gate, inputs of a group of 4-bit weights, inputs.
-    `description` is what the extension is told of it."""
-
-    def __init__(self, parts: Mapping[str, Tensor], numbers: tuple[int, ...]) -> None:
-        self.parts = dict(parts)
-        self.numbers = numbers
-        self.dtype = parts["panels"].dtype
-        self.out_features, padded, input_group, gate, weight_group, self.in_features = numbers
-        self.rows = self.out_features * (2 if gate else 1)
-        panels, scales, bias, *rest = (address(parts.get(name)) for name in PARTS)
-        shape = (self.out_features, padded, input_group, gate)
-        self.description = _cpu.Weight((TYPES[self.dtype], panels, *shape, scales, bias, weight_group, *rest))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts.values())
 
 
 class CpuKernels:
@@ -68,24 +45,7 @@ class CpuKernels:
         _cpu.set_threads(threads)
 
     def pack(self, matrix: Matrix) -> PackedWeight:
-        values = matrix.values.contiguous()
-        if values.dtype == torch.bfloat16 and values.shape[1] % 2:
-            values = functional.pad(values, (0, 1))
-        out, columns = matrix.out_features, values.shape[1]
-        count = -(-out // (PANEL if matrix.activation is None else PANEL // 2))
-        held = HELD[values.dtype]
-        panels = torch.empty(count, -(-columns // held), PANEL, 4 // values.itemsize, dtype=values.dtype)
-        by_output = {"bias": matrix.bias, "scales": None if matrix.weight_group else matrix.scales}
-        by_group = {"group_scales": matrix.scales, "group_minimums": matrix.minimums} if matrix.weight_group else {}
-        parts = {name: arrange(each.float(), out, count) for name, each in by_output.items() if each is not None}
-        parts |= {name: arrange(each, out, count) for name, each in by_group.items() if each is not None}
-        if matrix.input_scales is not None:
-            parts["input_scales"] = matrix.input_scales.float().contiguous()
-        gate = GATES[matrix.activation]
-        numbers = (out, columns, matrix.input_group, gate, matrix.weight_group, matrix.values.shape[1])
-        weight = PanelWeight(parts | {"panels": panels}, numbers)
-        _cpu.pack(values.data_ptr(), weight.description, panels.data_ptr())
-        return weight
+        return pack_panels(matrix)
 
     def expect(self, weights: Sequence[PackedWeight]) -> None:
         for weight, following in zip(weights, [*weights[1:], weights[0]], strict=True):
@@ -176,6 +136,22 @@ class CpuKernels:
     def move_tokens(self, cache: LayerCache, blocks: Tensor, slots: Tensor, into: int) -> None:
         blocks, slots, described = blocks.int().contiguous(), slots.contiguous(), describe_cache(cache)
         _cpu.move_tokens(TYPES[cache.keys.dtype], described, blocks.data_ptr(), slots.data_ptr(), slots.shape[1], into)
+
+    def unpack(
+        self,
+        form: VectorForm,
+        plane: Tensor,
+        blocks: Tensor,
+        into: Tensor,
+        factors: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        if not into.is_contiguous() or into.shape[1:].numel() != form.tokens * form.width or plane.stride(1) != 1:
+            raise ValueError(f"{form} does not unpack into {list(into.shape)}, contiguous")
+        blocks, head = blocks.contiguous(), into.shape[3] if not form.by_channel else form.width
+        numbers = form.tokens, form.width, form.bits, form.group, form.exponents, form.by_channel
+        wanted = blocks.data_ptr(), len(blocks), address(factors), address(order)
+        _cpu.unpack(TYPES[into.dtype], (plane.data_ptr(), plane.stride(0), *numbers), wanted, head, into.data_ptr())
 
     def observe(
         self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
@@ -274,15 +250,3 @@ def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int
     bits = cache.form.key_bits, cache.form.value_bits
     width = 0 if table is None else table.shape[1]
     return cache.sealed.data_ptr(), cache.sealed.stride(0), *bits, cache.residual, cache.first, address(table), width
-
-
-def arrange(numbers: Tensor, out: int, panels: int) -> Tensor:
-    """Numbers for each output [out, ...], or [2 out, ...] with gates first, as panels have them: [panels, ..., 32]."""
-    parts = numbers.reshape(-1, out, numbers.shape[1:].numel())
-    width = PANEL // len(parts)
-    padded = functional.pad(parts, (0, 0, 0, panels * width - out))
-    return padded.view(len(parts), panels, width, -1).permute(1, 3, 0, 2).contiguous()
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

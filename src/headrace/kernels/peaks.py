@@ -8,8 +8,9 @@ from functools import partial
 import torch
 
 from headrace.core import InputError
-from headrace.kernels.base import Kernels, Matrix
+from headrace.kernels.base import Kernels
 from headrace.kernels.cpu import CpuKernels
+from headrace.kernels.matrix import Matrix
 from headrace.meter.peaks import Peaks, describe_machine, measure_rate
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}

@@ -11,15 +11,15 @@ from torch.nn import functional
 
 from headrace.kernels.base import (
     UNIT,
-    Activation,
     AttentionSpec,
     HeadSpec,
     LayerCache,
-    Matrix,
-    PackedWeight,
     RaggedBatch,
 )
+from headrace.kernels.integers import dequantize, round_activations
+from headrace.kernels.matrix import Activation, Matrix, PackedWeight
 from headrace.kernels.units import pack_units, unpack_units
+from headrace.kernels.vectors import VectorForm, lay_vectors
 
 ACTIVATIONS: tuple[Activation | None, ...] = (None, "silu", "gelu_tanh")
 
@@ -138,6 +138,22 @@ class ReferenceKernels:
         chosen = slots[..., None].expand(-1, -1, cache.values.shape[3])
         keys, values = (each.gather(1, chosen) for each in read_blocks(cache, blocks.long()))
         write_slots(cache, blocks.long(), into, keys, values)
+
+    def unpack(
+        self,
+        form: VectorForm,
+        plane: Tensor,
+        blocks: Tensor,
+        into: Tensor,
+        factors: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        vectors = form.decode(form.take(plane[blocks]))
+        if order is not None:
+            vectors = vectors[..., order]
+        if factors is not None:
+            vectors = vectors * factors[..., None]
+        into.copy_(lay_vectors(vectors, into, form.by_channel))
 
     def observe(
         self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
@@ -264,28 +280,3 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     first, second = heads.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     heads.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
-
-
-def round_activations(x: Tensor, group: int) -> Tensor:
-    """x [T, in] as it is after rounding to 8 bits in groups of inputs, float64.
-
-    Scales and factors are float32's, as in faster kernels: others would take ties to another side.
-    """
-    rounded = []
-    for part in torch.split(x.float(), group, dim=1):
-        top = part.abs().amax(-1, keepdim=True)
-        # 127 / top would be 127 times its reciprocal in torch, rounded twice.
-        factor = torch.where(top > 0, torch.full_like(top, 127) / top, 0)
-        rounded.append((part.double() * factor).round() * (top / 127))
-    return torch.cat(rounded, dim=1)
-
-
-def dequantize(matrix: Matrix) -> Tensor:
-    """An integer matrix's weights [out, in], float64, as they meet inputs that have been scaled."""
-    assert matrix.scales is not None
-    values, scales = matrix.values.double(), matrix.scales.double()
-    if matrix.minimums is None:
-        return values * scales[:, None]
-    group, columns = matrix.weight_group, values.shape[1]
-    wide, least = (each.repeat_interleave(group, dim=1)[:, :columns] for each in (scales, matrix.minimums.double()))
-    return values * wide + least

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, LayerCache, Matrix, PackedWeight, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, LayerCache, RaggedBatch
+from headrace.kernels.matrix import Matrix, PackedWeight
+from headrace.kernels.vectors import VectorForm
 from headrace.meter.meter import product_part
 from headrace.meter.stopwatch import Stopwatch
 
@@ -74,6 +76,18 @@ class TimedKernels:
     def move_tokens(self, cache: LayerCache, blocks: Tensor, slots: Tensor, into: int) -> None:
         with self.watch.part("other kernels"):
             self.kernels.move_tokens(cache, blocks, slots, into)
+
+    def unpack(
+        self,
+        form: VectorForm,
+        plane: Tensor,
+        blocks: Tensor,
+        into: Tensor,
+        factors: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        with self.watch.part("other kernels"):
+            self.kernels.unpack(form, plane, blocks, into, factors, order)
 
     def observe(
         self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0

@@ -9,16 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.base import UNIT, SealedForm
-
-
-def round_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (int64, like x), scales and minimums (float16, without the last dimension) of groups along x's last
-    dimension: asymmetric rounding to nearest (KIVI, section 3.1), scales and minimums rounded first."""
-    least, most = x.amin(-1), x.amax(-1)
-    scales, minimums = ((most - least) / (2**bits - 1)).half(), least.half()
-    step, start = scales.float()[..., None], minimums.float()[..., None]
-    places = torch.where(step > 0, (x - start) / step, 0.0)
-    return places.clamp(0, 2**bits - 1).round().long(), scales, minimums
+from headrace.kernels.vectors import round_groups
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.core import ModelError
-from headrace.kernels.base import Activation
+from headrace.kernels.matrix import Activation
 
 Config = Mapping[str, Any]
 ACTIVATIONS: dict[str, Activation] = {

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from headrace.core import InputError, ModelError
-from headrace.kernels.base import Activation, HeadSpec, Kernels, Matrix
+from headrace.kernels.base import HeadSpec, Kernels
+from headrace.kernels.matrix import Activation, Matrix
 from headrace.model.config import ModelConfig
 from headrace.model.decoder import Layer, Model
 from headrace.model.rope import rope_frequencies

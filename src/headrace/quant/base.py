@@ -8,7 +8,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from headrace.kernels.base import Activation, Kernels, Matrix, PackedWeight
+from headrace.kernels.base import Kernels
+from headrace.kernels.matrix import Activation, Matrix, PackedWeight
 from headrace.meter.operations import Product
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels.base import Matrix
+from headrace.kernels.matrix import Matrix
 
 
 class FullPrecision:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.kernels.base import Matrix
+from headrace.kernels.matrix import Matrix
 from headrace.quant.int8 import Int8
 
 LEVELS = 15

@@ -13,11 +13,12 @@ from torch import Tensor
 from headrace.cache.layout import CacheGroup, CacheLayout
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_choice, check_number
-from headrace.cache.policies.records import BlockFloat, ByToken, Record
-from headrace.cache.policies.restoring import attend_restored, read_tokens
+from headrace.cache.policies.records import Record
+from headrace.cache.policies.restoring import Restorer, read_tokens
 from headrace.cache.policies.sealing import arrange_sealed
 from headrace.core import InputError
-from headrace.kernels.base import LayerCache, SealedForm
+from headrace.kernels.base import UNIT, LayerCache, SealedForm
+from headrace.kernels.vectors import VectorForm
 
 
 class BlockFloatKeys:
@@ -41,12 +42,13 @@ class BlockFloatKeys:
         self.residual = residual
         self._shape: KVShape | None = None
         self._order: Tensor | None = None
+        self._restorer = Restorer()
 
     def arrange(self, shape: KVShape, block_size: int) -> CacheLayout:
         if shape.head_size % self.block:
             raise InputError(f"kv bfp: blocks of {self.block} channels do not divide heads of {shape.head_size}")
         self._shape = shape
-        keys, values = self._codecs(block_size, shape.kv_heads * shape.head_size)
+        keys, values = self._forms(block_size, shape.kv_heads * shape.head_size)
         exact = CacheGroup((), self.residual, shape.count_layer_bytes(block_size))
         return arrange_sealed(shape, block_size, Record(keys.parts + values.parts).nbytes, exact)
 
@@ -57,30 +59,31 @@ class BlockFloatKeys:
         order = self._find_order(step.layer)
         if len(batch.filled[cache.group]):
             self._seal(cache, batch.filled[cache.group], batch.filled[cache.sealed_group], order)
-        return attend_restored(step, lambda blocks: self._unpack(cache, blocks, order))
+        places = None if order is None else order.argsort()
+
+        def unpack(blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+            assert cache.sealed is not None
+            _, heads, lanes, size, pair = keys.shape
+            by_key, by_value = self._forms(size, heads * lanes * pair)
+            plane = cache.sealed[:, 0]
+            step.kernels.unpack(by_key, plane, blocks, keys, order=places)
+            step.kernels.unpack(by_value, plane[:, by_key.nbytes :], blocks, values)
+
+        return self._restorer.attend(step, unpack)
 
     def _seal(self, cache: LayerCache, exact: Tensor, sealed: Tensor, order: Tensor | None) -> None:
         assert cache.sealed is not None
         keys, values = read_tokens(cache, exact)
-        by_key, by_value = self._codecs(*keys.shape[1:])
+        by_key, by_value = self._forms(*keys.shape[1:])
         if order is not None:
             keys = keys[..., order]
         record = Record(by_key.parts + by_value.parts)
         record.write(cache.sealed[:, 0], sealed, by_key.encode(keys) + by_value.encode(values))
 
-    def _unpack(self, cache: LayerCache, blocks: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `restoring.Unpack`."""
-        assert cache.sealed is not None
-        _, heads, lanes, size, pair = cache.keys.shape
-        by_key, by_value = self._codecs(size, heads * lanes * pair)
-        numbers = Record(by_key.parts + by_value.parts).read(cache.sealed[:, 0], blocks)
-        sorted_keys, values = by_key.decode(numbers[:2]), by_value.decode(numbers[2:])
-        if order is None:
-            return sorted_keys, values
-        return sorted_keys.index_select(2, order.argsort()), values
-
-    def _codecs(self, tokens: int, width: int) -> tuple[BlockFloat, ByToken]:
-        return BlockFloat(tokens, width, self.mantissa, self.block), ByToken(tokens, width, self.v)
+    def _forms(self, tokens: int, width: int) -> tuple[VectorForm, VectorForm]:
+        """Of keys and of values."""
+        keys = VectorForm(tokens, width, self.mantissa, self.block, exponents=True, by_channel=True)
+        return keys, VectorForm(tokens, width, self.v, UNIT)
 
     def _find_order(self, layer: int) -> Tensor | None:
         """Channels of all kv heads, int64 [kv heads * D], see `order_channels`; None to leave them as they are, for

@@ -22,7 +22,7 @@ from headrace.cache.policies.arranging import arrange_layers
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.pairs import PairForm
 from headrace.cache.policies.parameters import check_choice, check_number
-from headrace.cache.policies.restoring import attend_restored, read_tokens
+from headrace.cache.policies.restoring import Restorer, read_tokens
 from headrace.cache.policies.sealing import seal_filled
 from headrace.cache.policies.slerp import Merged, choose_distant, choose_near, merge
 from headrace.core import InputError
@@ -68,6 +68,7 @@ class MiniCache:
         self._rounding: SealedForm | None = None
         # The other layer of each layer's pair.
         self._peers: dict[int, int] = {}
+        self._restorer = Restorer()
 
     def with_sealing(self, form: SealedForm, residual: int) -> MiniCache:
         """The same with directions rounded by token in the form's bits, and the layers outside of pairs in the form."""
@@ -110,7 +111,17 @@ class MiniCache:
         pair = step.caches[shallow], step.caches[deep]
         if step.layer == deep and len(batch.filled[cache.group]):
             self._seal(pair, batch)
-        return attend_restored(step, lambda blocks: self._unpack(step, pair, blocks))
+
+        def unpack(blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+            own = batch.block_tables[cache.sealed_group]
+            places = [find_beside(blocks, own, batch.block_tables[each.sealed_group]) for each in pair]
+            _, heads, lanes, size, width = keys.shape
+            form = self._form(size, heads * lanes * width, keys.dtype)
+            form.unpack(
+                step.kernels, take_planes(pair), (places[0], places[1]), int(step.layer == deep), (keys, values)
+            )
+
+        return self._restorer.attend(step, unpack)
 
     def _take_rounded(self, cache: LayerCache) -> LayerCache:
         """A layer outside of pairs as kernels know it."""
@@ -134,14 +145,6 @@ class MiniCache:
         if self.retention == "topk":
             return merged, choose_distant(merged.distance, count)
         return merged, choose_near(merged.distance, count, self.keep)
-
-    def _unpack(self, step: LayerStep, pair: Pair, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """See `restoring.Unpack`."""
-        _, heads, lanes, size, pair_size = step.cache.keys.shape
-        form = self._form(size, heads * lanes * pair_size, step.cache.keys.dtype)
-        own = step.batch.block_tables[step.cache.sealed_group]
-        both = [find_beside(blocks, own, step.batch.block_tables[cache.sealed_group]) for cache in pair]
-        return form.read(take_planes(pair), (both[0], both[1]), int(step.layer > self._peers[step.layer]))
 
     def _form(self, tokens: int, width: int, dtype: torch.dtype) -> PairForm:
         bits = None if self._rounding is None else (self._rounding.key_bits, self._rounding.value_bits)

@@ -1,7 +1,8 @@
 """How the blocks of two layers that share directions lie in memory, and what comes back from them.
 
 The shallower layer's block has the keys' direction and which tokens' keys are kept, the deeper one's the same of the
-values; after that both have their own lengths and kept vectors. Knows nothing of batches.
+values; after that both have what their own vectors are of a direction as it is read, and their kept vectors. Knows
+nothing of batches.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.cache.policies.records import ByToken, Codec, Part, Record, Whole
-from headrace.cache.policies.slerp import Merged, normalise
+from headrace.cache.policies.records import Record
+from headrace.cache.policies.slerp import Merged
+from headrace.kernels.base import UNIT, Kernels
+from headrace.kernels.vectors import Part, VectorForm
 
 # Of the shallower and the deeper layer, or of keys and values.
 Both = tuple[Tensor, Tensor]
@@ -28,7 +31,7 @@ class PairForm:
     kept  tokens of each block whose vectors stay as they are, of keys and of values each their own
     bits  of an element of the keys' and the values' directions, 2, 4 or 8; None: as numbers
 
-    Directions and lengths are float32 beside float32, else float16, which tells finer than bfloat16.
+    Directions and factors are float32 beside float32, else float16, which tells finer than bfloat16.
     """
 
     tokens: int
@@ -40,7 +43,7 @@ class PairForm:
     @property
     def nbytes(self) -> int:
         """Bytes of either layer's part of a block."""
-        return max(Record((*self._shared(part), *self._own)).nbytes for part in range(2))
+        return max(self._record(part).nbytes for part in range(2))
 
     def write(
         self,
@@ -55,51 +58,58 @@ class PairForm:
         which tokens are kept, int64 [n, kept].
         """
         joined = [join(*both) for both in zip(*layers, strict=True)]
+        numbers = [self._find_form(part).encode(merged.direction) for part, (merged, _) in enumerate(joined)]
+        # A rounded direction is not of length 1 any more.
+        found = [self._find_form(part).decode(each).norm(dim=-1).clamp(min=1e-30) for part, each in enumerate(numbers)]
         for part, (plane, place, vectors) in enumerate(zip(planes, blocks, layers, strict=True)):
-            direction, chosen = joined[part]
-            numbers = [*self._codec(part).encode(direction.direction), chosen]
-            lengths = [(merged.second if part else merged.first).clamp(max=LONGEST) for merged, _ in joined]
+            lengths = [merged.second if part else merged.first for merged, _ in joined]
+            factors = [(own / length).clamp(max=LONGEST) for own, length in zip(lengths, found, strict=True)]
             kept = [take(each, index) for each, (_, index) in zip(vectors, joined, strict=True)]
-            Record((*self._shared(part), *self._own)).write(plane, place, [*numbers, *lengths, *kept])
+            self._record(part).write(plane, place, [*numbers[part], joined[part][1], *factors, *kept])
 
-    def read(self, planes: Both, blocks: Both, layer: int) -> Both:
-        """Keys and values, float32 [n, tokens, width], of the shallower (0) or the deeper (1) layer."""
-        record = Record((*self._shared(layer), *self._own))
-        own = record.read(planes[layer], blocks[layer])[-len(self._own) :]
-        found = []
-        for part in range(2):
-            *numbers, chosen = Record(self._shared(part)).read(planes[part], blocks[part])
-            lengths, kept = own[part].float(), own[2 + part].float()
-            vectors = normalise(self._codec(part).decode(numbers)) * lengths[..., None]
-            found.append(vectors.scatter(1, spread(chosen, self.width), kept))
-        return found[0], found[1]
+    def unpack(self, kernels: Kernels, planes: Both, blocks: Both, layer: int, into: Both) -> None:
+        """Write the keys and values of the shallower (0) or the deeper (1) layer, as a cache has them, `into`."""
+        record, places = self._record(layer), len(self._shared(layer))
+        for part, target in enumerate(into):
+            form, shared = self._find_form(part), self._record(part)
+            factors = record.read(planes[layer], blocks[layer], places + part).float()
+            kernels.unpack(form, planes[part], blocks[part].long(), target, factors)
+            chosen = shared.read(planes[part], blocks[part], len(form.parts)).long()
+            kept = record.read(planes[layer], blocks[layer], places + 2 + part)
+            write_tokens(target, chosen, kept, keys=part == 0)
 
-    def _codec(self, part: int) -> Codec:
+    def _find_form(self, part: int) -> VectorForm:
         """Of the keys' (0) or the values' (1) direction."""
         if self.bits is None:
-            return Whole(self.tokens, self.width, self._number)
-        return ByToken(self.tokens, self.width, self.bits[part])
+            number = 32 if self.dtype == torch.float32 else 16
+            return VectorForm(self.tokens, self.width, number, by_channel=part == 0)
+        return VectorForm(self.tokens, self.width, self.bits[part], UNIT, by_channel=part == 0)
 
-    @property
-    def _number(self) -> torch.dtype:
-        return torch.float32 if self.dtype == torch.float32 else torch.float16
+    def _record(self, layer: int) -> Record:
+        return Record((*self._shared(layer), *self._own))
 
     def _shared(self, part: int) -> tuple[Part, ...]:
         """A direction, and the tokens that are kept."""
-        return (*self._codec(part).parts, Part(torch.int16, (self.kept,)))
+        return (*self._find_form(part).parts, Part(torch.int16, (self.kept,)))
 
     @property
     def _own(self) -> tuple[Part, ...]:
-        """Lengths of keys, of values, kept keys, kept values."""
-        lengths, vectors = Part(self._number, (self.tokens,)), Part(self.dtype, (self.kept, self.width))
-        return lengths, lengths, vectors, vectors
+        """Factors of keys, of values, kept keys, kept values."""
+        factors = Part(torch.float32 if self.dtype == torch.float32 else torch.float16, (self.tokens,))
+        vectors = Part(self.dtype, (self.kept, self.width))
+        return factors, factors, vectors, vectors
 
 
 def take(vectors: Tensor, chosen: Tensor) -> Tensor:
     """The chosen tokens [n, k] of vectors [n, tokens, width]."""
-    return vectors.gather(1, spread(chosen, vectors.shape[2]))
+    return vectors.gather(1, chosen.long()[..., None].expand(-1, -1, vectors.shape[2]))
 
 
-def spread(chosen: Tensor, width: int) -> Tensor:
-    """Tokens [n, k] as indices of all elements of their vectors, int64 [n, k, width]."""
-    return chosen.long()[..., None].expand(-1, -1, width)
+def write_tokens(into: Tensor, chosen: Tensor, vectors: Tensor, keys: bool) -> None:
+    """Put vectors [n, k, width] over the chosen tokens [n, k] of blocks of a cache's keys, or values, [n, ...]."""
+    blocks = torch.arange(len(into), device=into.device)[:, None]
+    (count, most), (_, heads, lanes, size, pair) = chosen.shape, into.shape
+    if keys:
+        into[blocks, :, :, chosen] = vectors.view(count, most, heads, lanes, pair)
+    else:
+        into[blocks, :, chosen // pair, :, chosen % pair] = vectors.view(count, most, heads, size)

@@ -1,8 +1,8 @@
 """Reading sealed blocks that no kernel knows: they are made exact again for the length of one call.
 
 What a query reads is as with forms that kernels know: sealed before the block of token p - residual + 1, exact from
-there. This takes several times as long as plain attention: every step unpacks all older blocks of each layer, and then
-reads them as if they had never been sealed. Memory is what such policies save, not time.
+there. This takes longer than plain attention: every step unpacks all older blocks of each layer, and then reads them as
+if they had never been sealed. Memory is what such policies save, not time.
 Knows nothing of how a policy seals.
 """
 
@@ -20,37 +20,55 @@ from headrace.kernels.base import LayerCache, RaggedBatch
 # Most blocks of a scratch, as long as one sequence needs no more.
 SCRATCH_BLOCKS = 1024
 
-# Keys and values [n, block size, kv heads * D] of sealed blocks, int64 [n].
-Unpack = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Writes sealed blocks, int64 [n], as exact keys and values, [n, ...] each and contiguous, as a cache has them.
+Unpack = Callable[[Tensor, Tensor, Tensor], None]
 
 
-def attend_restored(step: LayerStep, unpack: Unpack) -> Tensor:
-    """Attention [T, heads, D] of a step's queries, older blocks by `unpack`.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Some of a step's queries and the blocks that they read: `sealed` and `exact`, int64, in the order in which a
+    scratch has them. The batch's table counts in the scratch."""
 
-    Takes a scratch beside the KV budget: the blocks that the queries read of this one layer, exactly, and about three
-    times that while they are unpacked; at most SCRATCH_BLOCKS blocks, or those of the longest sequence if it has more.
-    """
-    cache, batch = step.cache, step.batch
-    size = cache.keys.shape[3]
-    borders = (batch.positions - cache.residual + 1).clamp(min=0) // size
+    queries: slice
+    sealed: Tensor
+    exact: Tensor
+    batch: RaggedBatch
+
+
+class Restorer:
+    """Attention over blocks that are unpacked for it. What a step's layers have in common is found once."""
+
+    def __init__(self) -> None:
+        self._known: tuple[RaggedBatch, int, list[Share]] | None = None
+
+    def attend(self, step: LayerStep, unpack: Unpack) -> Tensor:
+        """Attention [T, heads, D] of a step's queries, older blocks by `unpack`.
+
+        Takes a scratch beside the KV budget: the blocks that the queries read of this one layer, exactly; at most
+        SCRATCH_BLOCKS blocks, or those of the longest sequence if it has more.
+        """
+        shares = self._find_shares(step.batch, step.cache)
+        if not shares:
+            return step.kernels.attention(step.queries, replace(step.cache, sealed=None), step.batch, step.spec)
+        outputs = []
+        for share in shares:
+            scratch = restore(step.cache, share, unpack)
+            outputs.append(step.kernels.attention(step.queries[share.queries], scratch, share.batch, step.spec))
+        return torch.cat(outputs)
+
+    def _find_shares(self, batch: RaggedBatch, cache: LayerCache) -> list[Share]:
+        if self._known is None or self._known[0] is not batch or self._known[1] != cache.group:
+            self._known = batch, cache.group, plan_shares(batch, cache)
+        return self._known[2]
+
+
+def plan_shares(batch: RaggedBatch, cache: LayerCache) -> list[Share]:
+    """What a layer's queries read, as many together as a scratch may hold the blocks of; none if nothing is read
+    sealed."""
+    borders = (batch.positions - cache.residual + 1).clamp(min=0) // cache.keys.shape[3]
     if batch.read_exactly or not bool(borders.any()):
-        return step.kernels.attention(step.queries, replace(cache, sealed=None), batch, step.spec)
-    outputs = []
-    for rows in cut_rows(make_rows(step, borders)):
-        keys, values, table = restore(cache, rows.table, unpack)
-        starts = rows.starts - rows.starts[0]
-        span = slice(int(rows.starts[0]), int(rows.starts[-1]))
-        part = RaggedBatch(
-            batch.token_ids[span],
-            batch.positions[span],
-            starts,
-            rows.contexts,
-            (table,),
-            (),
-            batch.logit_rows[:0],
-        )
-        outputs.append(step.kernels.attention(step.queries[span], LayerCache(keys, values), part, step.spec))
-    return torch.cat(outputs)
+        return []
+    return [make_share(batch, rows, len(cache.keys)) for rows in cut_rows(make_rows(batch, cache, borders))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +86,8 @@ class Rows:
     table: Tensor
 
 
-def make_rows(step: LayerStep, borders: Tensor) -> Rows:
-    """Rows of a step whose queries [T] read so many blocks sealed."""
-    cache, batch = step.cache, step.batch
+def make_rows(batch: RaggedBatch, cache: LayerCache, borders: Tensor) -> Rows:
+    """Rows of a batch whose queries [T] read so many blocks sealed."""
     lengths = batch.query_starts.diff()
     owners = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     begins = torch.ones_like(owners, dtype=torch.bool)
@@ -97,35 +114,36 @@ def cut_rows(rows: Rows) -> Iterator[Rows]:
     yield Rows(rows.starts[start:], rows.contexts[start:], rows.table[start:])
 
 
-def restore(cache: LayerCache, table: Tensor, unpack: Unpack) -> tuple[Tensor, Tensor, Tensor]:
-    """A scratch of the blocks in a table of `Rows`, laid out as exact blocks are, and the table of their places in it,
-    int32. What several rows read is there once."""
-    taken = table >= 0
-    count = len(cache.keys)
+def make_share(batch: RaggedBatch, rows: Rows, count: int) -> Share:
+    """The queries of some rows, for a cache of so many blocks. What several rows read is in the scratch once."""
+    table, taken = rows.table, rows.table >= 0
     read = torch.zeros(2 * count, dtype=torch.bool, device=table.device)
     read[table[taken]] = True
     used = read.nonzero().flatten()
-    sealed, exact = used[used < count], used[used >= count] - count
-    older = unpack(sealed) if len(sealed) else None
-    keys, values = cache.keys[exact], cache.values[exact]
-    if older is not None:
-        keys = torch.cat([lay_keys(older[0], cache), keys])
-        values = torch.cat([lay_values(older[1], cache), values])
     scratch = torch.full(table.shape, -1, dtype=torch.int32, device=table.device)
     scratch[taken] = (read.cumsum(0) - 1)[table[taken]].int()
-    return keys, values, scratch
+    queries = slice(int(rows.starts[0]), int(rows.starts[-1]))
+    part = RaggedBatch(
+        batch.token_ids[queries],
+        batch.positions[queries],
+        rows.starts - rows.starts[0],
+        rows.contexts,
+        (scratch,),
+        (),
+        batch.logit_rows[:0],
+    )
+    return Share(queries, used[used < count], used[used >= count] - count, part)
 
 
-def lay_keys(keys: Tensor, cache: LayerCache) -> Tensor:
-    """Keys [n, block size, kv heads * D] as exact blocks have them."""
-    _, heads, lanes, size, pair = cache.keys.shape
-    return keys.to(cache.keys.dtype).view(-1, size, heads, lanes, pair).permute(0, 2, 3, 1, 4).contiguous()
-
-
-def lay_values(values: Tensor, cache: LayerCache) -> Tensor:
-    """Values [n, block size, kv heads * D] as exact blocks have them."""
-    _, heads, lanes, head_size, pair = cache.values.shape
-    return values.to(cache.values.dtype).view(-1, lanes, pair, heads, head_size).permute(0, 3, 1, 4, 2).contiguous()
+def restore(cache: LayerCache, share: Share, unpack: Unpack) -> LayerCache:
+    """The scratch of a share."""
+    older = len(share.sealed)
+    keys, values = (each.new_empty(older + len(share.exact), *each.shape[1:]) for each in (cache.keys, cache.values))
+    if older:
+        unpack(share.sealed, keys[:older], values[:older])
+    torch.index_select(cache.keys, 0, share.exact, out=keys[older:])
+    torch.index_select(cache.values, 0, share.exact, out=values[older:])
+    return LayerCache(keys, values)
 
 
 def read_tokens(cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,15 +30,16 @@ void by_count(int64_t count, Function function) {
 }
 
 // Working memory of one thread: a tile's queries, scores of one span and the softmax weights they become, what is summed
-// (total: W sums a row, added up at the end). `scaled` is of one unit of sealed tokens.
+// (total: W sums a row, added up at the end). `scaled` and `numbers` are of one unit of sealed tokens.
 template <class T>
 struct Scratch {
     std::vector<T> queries, weights, scaled;
-    std::vector<float> scores, outputs, top, total;
+    std::vector<float> scores, outputs, top, total, numbers;
 
     void fit(int64_t rows, int64_t span, int64_t head) {
         queries.resize(rows * head);
         scaled.resize(2 * rows * std::max<int64_t>(head, 32));
+        numbers.resize(3 * std::max<int64_t>(head, 32));
         weights.resize(rows * span);
         scores.resize(rows * span);
         outputs.resize(rows * head + W);

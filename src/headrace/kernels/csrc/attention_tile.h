@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "attention_span.h"
-#include "sealed.h"
+#include "sealed_bytes.h"
 
 namespace {
 
@@ -110,8 +110,12 @@ struct Tile {
         if (blocks.bias[blocks.first]) add_bias(blocks, rows, size, spec.scale);
     }
     void add(const Span& blocks, const SpanRows& rows) { add_span_values<T>(blocks, rows, size); }
-    void score(const SealedSpan& blocks, const SpanRows& rows) { score_sealed<T>(blocks, rows, s); }
-    void add(const SealedSpan& blocks, const SpanRows& rows) { add_sealed_values<T>(blocks, rows, s); }
+    void score(const SealedSpan& blocks, const SpanRows& rows) {
+        takes_bytes<T>(blocks.shape.key_bits) ? score_bytes(blocks, rows, s) : score_sealed<T>(blocks, rows, s);
+    }
+    void add(const SealedSpan& blocks, const SpanRows& rows) {
+        takes_bytes<T>(blocks.shape.value_bits) ? add_bytes(blocks, rows, s) : add_sealed_values<T>(blocks, rows, s);
+    }
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "probe.h"
 #include "seal.h"
 #include "table.h"
+#include "unpack.h"
 
 namespace {
 
@@ -57,13 +58,15 @@ void observe_any(Type type, Rows queries, Cache cache, Batch batch, Attention sp
 
 void move_tokens_any(Type type, Cache cache, Moved moved) { TYPED(move_tokens<T>(cache, moved)); }
 
+void unpack_any(Type type, Vectors form, Unpacked wanted, int64_t head, void* into) { TYPED(unpack<T>(form, wanted, head, (T*)into)); }
+
 }  // namespace
 
 namespace headrace {
 
 const Table& HEADRACE_TABLE() {
     static const Table table = {HEADRACE_NAME,    pack,     linear_any,  find_largest_any, rms_norm_any,          add_rms_norm_any, place_heads_any,
-                                attention_any,    seal_any, observe_any, move_tokens_any,  multiply_registers_of, sweep};
+                                attention_any,    seal_any, observe_any, move_tokens_any,  unpack_any,            multiply_registers_of, sweep};
     return table;
 }
 

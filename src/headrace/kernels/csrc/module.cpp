@@ -85,6 +85,16 @@ Heads heads_of(nb::tuple t) {
             at<float>(nb::cast<uintptr_t>(t[6])), at<float>(nb::cast<uintptr_t>(t[7]))};
 }
 
+Vectors vectors_of(nb::tuple t) {
+    return {at<char>(nb::cast<uintptr_t>(t[0])), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]), nb::cast<int64_t>(t[3]),
+            nb::cast<int64_t>(t[4]),             nb::cast<int64_t>(t[5]), nb::cast<bool>(t[6]),    nb::cast<bool>(t[7])};
+}
+
+Unpacked unpacked_of(nb::tuple t) {
+    return {at<int64_t>(nb::cast<uintptr_t>(t[0])), nb::cast<int64_t>(t[1]), at<float>(nb::cast<uintptr_t>(t[2])),
+            at<int64_t>(nb::cast<uintptr_t>(t[3]))};
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -164,6 +174,12 @@ NB_MODULE(_cpu, m) {
         Cache c = cache_of(cache);
         nb::gil_scoped_release release;
         chosen->move_tokens(Type(type), c, {at<int32_t>(blocks), at<int64_t>(slots), count, into});
+    });
+    m.def("unpack", [](int type, nb::tuple form, nb::tuple wanted, int64_t head, uintptr_t into) {
+        Vectors v = vectors_of(form);
+        Unpacked u = unpacked_of(wanted);
+        nb::gil_scoped_release release;
+        chosen->unpack(Type(type), v, u, head, at<void>(into));
     });
     m.def("observe", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple batch, nb::tuple spec, uintptr_t mass, uintptr_t firsts,
                         float share) {

@@ -119,6 +119,25 @@ struct Moved {
     int64_t count, into;
 };
 
+// Keys or values in a policy's own bytes, blocks `stride` bytes apart: see VectorForm in vectors.py.
+struct Vectors {
+    const char* data;
+    int64_t stride, tokens, width, bits, group;
+    bool exponents, by_channel;
+
+    int64_t rows() const { return by_channel ? width : tokens; }
+    int64_t columns() const { return by_channel ? tokens : width; }
+};
+
+// Which blocks are unpacked. factors: float32 [count, tokens] that vectors are multiplied by, or null. order: the row that each
+// channel is in, or null for its own.
+struct Unpacked {
+    const int64_t* blocks;
+    int64_t count;
+    const float* factors;
+    const int64_t* order;
+};
+
 struct Table {
     const char* name;
     // A weight [out, in], or [2 out, in] gates first, of the given type into panels. Ignores weight.panels.
@@ -138,6 +157,8 @@ struct Table {
     // Add to the mass of exact tokens what queries give to them; new tokens have none, and at the first query that counts all do.
     void (*observe)(Type type, Rows queries, Cache cache, Batch batch, Attention spec, Observed observed);
     void (*move_tokens)(Type type, Cache cache, Moved moved);
+    // Exact keys, if they lie by channel, or values, of heads of so many elements; blocks one after the other.
+    void (*unpack)(Type type, Vectors form, Unpacked wanted, int64_t head, void* into);
     // What the processor can do at most (probe.h): multiply-adds done, and a sweep over memory.
     int64_t (*multiply_registers)(Type type, int64_t rounds);
     void (*sweep)(Sweep kind, char* data, int64_t bytes);

@@ -24,6 +24,8 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef int8_t vb __attribute__((vector_size(W)));
+typedef int8_t v16 __attribute__((vector_size(16)));
 
 struct bf16 {
     uint16_t bits;
@@ -53,9 +55,11 @@ inline vf load(const float* p) {
 inline vf load(const bf16* p) {
     vh half;
     std::memcpy(&half, p, sizeof half);
-#if defined(__AVX512F__)
     // Compilers make two halves and join them.
+#if defined(__AVX512F__)
     return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)half) << 16);
+#elif defined(__AVX2__)
+    return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)half) << 16);
 #else
     return (vf)(__builtin_convertvector(half, vu) << 16);
 #endif
@@ -84,15 +88,17 @@ inline vu load(const uint32_t* p) {
 
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-// Round to nearest, ties to even, as torch does; NaN stays NaN.
+// Floats as bfloat16 has them, in the upper halves: to nearest, ties to even, as torch does; NaN stays NaN.
+inline vu round_bits(vf v) {
+    vu bits = (vu)v;
+    return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : vu{} + 0x7fc00000u;
+}
+
 inline void store(bf16* p, vf v) {
 #if defined(__AVX512BF16__)
     auto half = _mm512_cvtneps_pbh((__m512)v);
 #else
-    vu bits = (vu)v;
-    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    rounded = v == v ? rounded : vu{} + 0x7fc0;
-    vh half = __builtin_convertvector(rounded, vh);
+    vh half = __builtin_convertvector(round_bits(v) >> 16, vh);
 #endif
     std::memcpy(p, &half, sizeof half);
 }
@@ -134,16 +140,60 @@ inline void store(T* p, vf v, int64_t n) {
     std::memcpy(p, padded, n * sizeof(T));
 }
 
-// Whole numbers from -128 to 127 as bytes: the first n of them if n < W.
-inline void store(int8_t* p, vi v, int64_t n) {
-    typedef int8_t vb __attribute__((vector_size(W)));
+// Whole numbers from -128 to 127 as bytes, in the lowest W of 16. Compilers take vectors apart where they need not.
+inline v16 narrow(vi v) {
 #if defined(__AVX512F__)
-    vb bytes = (vb)_mm512_cvtepi32_epi8((__m512i)v);
+    return (v16)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+    __m256i picked = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
+    return (v16)_mm_unpacklo_epi32(_mm256_castsi256_si128(picked), _mm256_extracti128_si256(picked, 1));
 #else
     vb bytes = __builtin_convertvector(v, vb);
+    v16 found = {};
+    std::memcpy(&found, &bytes, W);
+    return found;
 #endif
+}
+
+// 16 of them.
+inline v16 narrow(const vi (&v)[16 / W]) {
+#if defined(__AVX512F__)
+    return narrow(v[0]);
+#elif defined(__AVX2__)
+    return (v16)_mm_unpacklo_epi64((__m128i)narrow(v[0]), (__m128i)narrow(v[1]));
+#else
+    v16 found;
+    for (int i = 0; i < 16 / W; i++) {
+        v16 some = narrow(v[i]);
+        std::memcpy((char*)&found + i * W, &some, W);
+    }
+    return found;
+#endif
+}
+
+// W bytes, or the first n < W, as whole numbers.
+inline vi widen(const uint8_t* p, int64_t n = W) {
+    v16 bytes = {};
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (n >= W) return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#endif
+    std::memcpy(&bytes, p, n >= W ? W : n);
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32((__m128i)bytes);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu8_epi32((__m128i)bytes);
+#else
+    vi found;
+    for (int i = 0; i < W; i++) found[i] = (uint8_t)bytes[i];
+    return found;
+#endif
+}
+
+// The first n of them if n < W.
+inline void store(int8_t* p, vi v, int64_t n) {
+    v16 bytes = narrow(v);
     if (n >= W)
-        std::memcpy(p, &bytes, sizeof bytes);
+        std::memcpy(p, &bytes, W);
     else
         std::memcpy(p, &bytes, n);
 }

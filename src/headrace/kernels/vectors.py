@@ -1,0 +1,141 @@
+"""Vectors of a block's tokens in a policy's own bytes, in plain torch: the oracle of unpacking.
+
+Knows how vectors become numbers and back; csrc/unpack.h reads the same bytes. Which blocks, when, and for whom is a
+policy's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Numbers of one kind in each block."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class VectorForm:
+    """How the keys or the values of a block lie in memory, all kv heads side by side: `width` elements a token.
+
+    bits        16 or 32: elements are numbers, float16 or float32; 2, 4 or 8: codes
+    group       codes: so many neighbouring elements of a token share a scale
+    exponents   codes: a scale and a minimum are float16 each, and a code means code * scale + minimum (KIVI's values);
+                with exponents the scale is a power of two, int8 e, and a code (code - 2^(bits - 1)) * 2^(e - bits + 2)
+    by_channel  a row of elements is a channel's of all tokens, as exact keys have them; else a token's of all channels
+    """
+
+    tokens: int
+    width: int
+    bits: int
+    group: int = 1
+    exponents: bool = False
+    by_channel: bool = False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What there is of a block, one after the other: elements by row, then scales likewise, then minimums."""
+        rows, columns = self._turn(self.tokens, self.width)
+        if self.bits > 8:
+            return (Part(torch.float32 if self.bits == 32 else torch.float16, (rows, columns)),)
+        shared = self._turn(self.tokens, self.width // self.group)
+        scales = [Part(torch.int8, shared)] if self.exponents else [Part(torch.float16, shared)] * 2
+        return (Part(torch.uint8, (rows, columns * self.bits // 8)), *scales)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def take(self, whole: Tensor) -> list[Tensor]:
+        """The parts out of the first bytes of blocks, uint8 [n, at least nbytes]."""
+        lengths = [part.nbytes for part in self.parts]
+        pieces = torch.split(whole[:, : self.nbytes], lengths, 1)
+        return [
+            piece.contiguous().view(part.dtype).view(-1, *part.shape)
+            for part, piece in zip(self.parts, pieces, strict=True)
+        ]
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Vectors float32 [n, tokens, width] as a tensor [n, ...] for each part."""
+        if self.bits > 8:
+            return [self._lay(x).to(self.parts[0].dtype)]
+        grouped = x.view(*x.shape[:-1], -1, self.group)
+        if not self.exponents:
+            codes, *scales = round_groups(grouped, self.bits)
+        else:
+            # frexp's fractions are from 1/2 to 1. Below 2^-100 nothing is told apart: steps must be ordinary numbers.
+            exponents = (torch.frexp(grouped.abs().amax(-1)).exponent - 1).clamp(-100, 127)
+            half = 1 << (self.bits - 1)
+            steps = make_steps(exponents, self.bits)[..., None]
+            codes, scales = (grouped / steps).round().clamp(-half, half - 1) + half, [exponents]
+        return [pack_codes(self._lay(codes.flatten(2)), self.bits), *map(self._lay, scales)]
+
+    def decode(self, numbers: list[Tensor]) -> Tensor:
+        """The vectors again, float32."""
+        if self.bits > 8:
+            return self._lay(numbers[0].float())
+        codes = self._lay(unpack_codes(numbers[0], self.bits))
+        codes = codes.view(*codes.shape[:-1], -1, self.group)
+        scales = [self._lay(each)[..., None] for each in numbers[1:]]
+        if self.exponents:
+            return ((codes - (1 << (self.bits - 1))) * make_steps(scales[0], self.bits)).flatten(2)
+        return (codes * scales[0].float() + scales[1].float()).flatten(2)
+
+    def _turn(self, tokens: int, channels: int) -> tuple[int, int]:
+        return (channels, tokens) if self.by_channel else (tokens, channels)
+
+    def _lay(self, x: Tensor) -> Tensor:
+        """From [n, tokens, channels] to rows, and back."""
+        return x.transpose(1, 2).contiguous() if self.by_channel else x
+
+
+def round_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (int64, like x), scales and minimums (float16, without the last dimension) of groups along x's last
+    dimension: asymmetric rounding to nearest (KIVI, section 3.1), scales and minimums rounded first."""
+    least, most = x.amin(-1), x.amax(-1)
+    scales, minimums = ((most - least) / (2**bits - 1)).half(), least.half()
+    step, start = scales.float()[..., None], minimums.float()[..., None]
+    places = torch.where(step > 0, (x - start) / step, 0.0)
+    return places.clamp(0, 2**bits - 1).round().long(), scales, minimums
+
+
+def make_steps(exponents: Tensor, bits: int) -> Tensor:
+    """2^(exponent - bits + 2) in float32, made of bits: powers of two must be exact."""
+    steps: Tensor = ((exponents.int() - bits + 2 + 127) << 23).view(torch.float32)
+    return steps
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., width] of 2, 4 or 8 bits as uint8 [..., width * bits / 8]: neighbours in different bytes, so that
+    whole runs are unpacked at once."""
+    first, *others = codes.to(torch.uint8).chunk(8 // bits, -1)
+    packed = first.clone()
+    for place, part in enumerate(others, 1):
+        packed |= part << (place * bits)
+    return packed
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """The codes of `pack_codes`, float32."""
+    parts = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+    return torch.cat(parts, -1).float()
+
+
+def lay_vectors(vectors: Tensor, like: Tensor, keys: bool) -> Tensor:
+    """Vectors [n, tokens, width] of blocks, laid out as exact keys, or values, like these are."""
+    if keys:
+        _, heads, lanes, size, pair = like.shape
+        return vectors.view(-1, size, heads, lanes, pair).permute(0, 2, 3, 1, 4)
+    _, heads, lanes, head_size, pair = like.shape
+    return vectors.view(-1, lanes, pair, heads, head_size).permute(0, 3, 1, 4, 2)

@@ -65,7 +65,9 @@ class EngineOptions(Options):
         None, "Memory for the KV cache, such as 4GiB; a share of the free memory if not given.", metavar="SIZE", low=1
     )
     kv_memory_share: float = setting(
-        0.4, "Share of the free memory for the KV cache where kv_cache_bytes is not given.", low=0
+        0.4,
+        "Share of the free memory for the KV cache where kv_cache_bytes is not given; a server's models share it.",
+        low=0,
     )
     kv: str = setting(
         "plain",

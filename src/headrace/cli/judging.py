@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,17 +73,19 @@ def eval_kv(text: Path, kv: list[str], html: Path | None, json: bool, **flags: A
         if not html.parent.is_dir():
             raise InputError(f"{html} cannot be written: {html.parent} does not exist")
     with Console(stderr=True).status("loading") as status:
-        values = judge_policies(read_text(text), kv, flags, status.update)
-    if json:
-        print_lines(values["policies"])
-    else:
+        # A line as soon as it is known: the next policy may take minutes, or end it.
+        found = print_line if json else lambda row: None
+        values = judge_policies(read_text(text), kv, flags, status.update, found)
+    if not json:
         typer.echo(f"{headline(values)}\n\n{format_policies(values)}")
     if html is not None:
         write_page(html, draw_policies(values))
 
 
-def judge_policies(text: str, kv: Sequence[str], flags: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """What the page and the tables show, as plain values."""
+def judge_policies(
+    text: str, kv: Sequence[str], flags: dict[str, Any], tell: Tell, found: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """What the page and the tables show, as plain values. `found` hears of each policy once it is measured."""
     from headrace.judge.kv import TAIL, KVJudge, choose_windows
 
     contexts, memory = read_numbers(flags["contexts"]), parse_size(flags["kv_cache_bytes"])
@@ -98,6 +100,7 @@ def judge_policies(text: str, kv: Sequence[str], flags: dict[str, Any], tell: Te
             for each in kv:
                 row = dataclasses.asdict(judge.judge(each))
                 policies.append(row | measure_room(llm, each, windows, memory, flags["job"]))
+                found(policies[-1])
         return {
             "model": llm.model_name,
             "precision": llm.resolved["precision"],
@@ -145,7 +148,8 @@ def eval_contexts(text: Path, kv: list[str], task: list[str] | None, json: bool,
     with Console(stderr=True).status("loading") as status:
         rows = judge_contexts(paragraphs, kv, task, flags, status.update)
     if json:
-        print_lines(rows)
+        for row in rows:
+            print_line(row)
     else:
         typer.echo(format_contexts(rows))
 
@@ -218,6 +222,5 @@ def read_numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def print_lines(rows: Sequence[dict[str, Any]]) -> None:
-    for row in rows:
-        typer.echo(json.dumps(row))
+def print_line(row: dict[str, Any]) -> None:
+    typer.echo(json.dumps(row))

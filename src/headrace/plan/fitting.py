@@ -172,11 +172,13 @@ def fit_chunk(prober: Prober, windows: tuple[int | None, ...], tell: Tell) -> fl
 
 def fit_context(prober: Prober, windows: tuple[int | None, ...], shared: bool, tell: Tell) -> float:
     """Seconds a pair in steps of one token a sequence: over each one's own context, or over one that all read."""
-    sequences, far = 32 if shared else 8, min(LONG, prober.context // 2)
+    # A shared token costs a tenth of an own one: it takes many to be told from what a step varies by.
+    sequences, far = (min(64, prober.limits.max_sequences), 2 * LONG) if shared else (8, LONG)
+    far = min(far, prober.context // 2)
     tell(f"contexts of {far} tokens")
-    near_seconds, far_seconds = (
-        min(prober.time_decode(sequences, context, shared) for _ in range(ROUNDS)) for context in (SHORT, far)
-    )
+    # In turn, so that what the machine does meanwhile counts for both.
+    rounds = [[prober.time_decode(sequences, context, shared) for context in (SHORT, far)] for _ in range(ROUNDS)]
+    near_seconds, far_seconds = min(near for near, _ in rounds), min(far for _, far in rounds)
     pairs = sequences * (count_pairs(windows, far, 1) - count_pairs(windows, SHORT, 1))
     return max(0.0, far_seconds - near_seconds) / max(1, pairs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,8 +45,11 @@ POLICIES = [
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    # Tests may have chosen another instruction set for the process.
+    CpuKernels()
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,27 @@ def test_unpacking_gives_the_bits_of_plain_torch(form: VectorForm, dtype: torch.
             expected = expected if order is None else expected[..., order]
             expected = expected if factor is None else expected * factor[..., None]
             assert torch.equal(plain, lay_vectors(expected, plain, form.by_channel).to(dtype))
+
+
+def test_what_cannot_be_unpacked_is_refused() -> None:
+    form = VectorForm(32, 64, 4, 32, by_channel=True)
+    plane, blocks = torch.zeros(4, form.nbytes, dtype=torch.uint8), torch.tensor([3, 1])
+    into, factors, order = torch.zeros(2, 2, 32, 32, 1), torch.ones(2, 32), torch.arange(64)
+    unpack = CpuKernels().unpack
+    unpack(form, plane, blocks, into, factors, order)
+    for wrong, said in (
+        ((form, plane, blocks[:1], into), "1 blocks"),
+        ((form, plane, blocks.int(), into), "blocks of int64"),
+        ((form, plane[:, 1:], blocks, into), "bytes of a plane"),
+        ((form, plane, blocks, into[:, :1]), "do not unpack into"),
+        ((replace(form, group=8), torch.zeros(4, 4096, dtype=torch.uint8), blocks, into), "multiples of 16"),
+        ((form, plane, blocks, into, factors[:1]), "factors"),
+        ((form, plane, blocks, into, factors.double()), "factors"),
+        ((form, plane, blocks, into, None, order.int()), "an order must be"),
+        ((replace(form, by_channel=False), plane, blocks, into.view(2, 2, 32, 32, 1), None, order), "an order must be"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            unpack(*wrong)
 
 
 def restored(merged: Merged, lengths: Tensor) -> Tensor:
@@ -279,6 +304,17 @@ def test_restored_blocks_are_read_as_a_kernel_reads_sealed_ones(
     mine = restorer.attend(LayerStep(0, queries, cache, batch, spec, fast), unpack)
     tolerance = 1e-4 if dtype == torch.float32 else 6e-2
     torch.testing.assert_close(mine, fast.attention(queries, cache, batch, spec), atol=tolerance, rtol=tolerance)
+    # The same step's next layer, whose exact blocks lie beside, and its sealed ones elsewhere.
+    places = torch.randperm(len(cache.keys))
+    cache = replace(cache, sealed=sealed[places], sealed_group=2)
+    table = batch.block_tables[1]
+    moved = torch.where(table < 0, table, places.argsort().int()[table.clamp(min=0)])
+    batch = replace(batch, block_tables=(*batch.block_tables, moved))
+    assert cache.sealed is not None
+    sealed = cache.sealed
+    first = restorer.attend(LayerStep(0, queries, replace(cache, sealed_group=1), batch, spec, fast), unpack)
+    second = restorer.attend(LayerStep(1, queries, cache, batch, spec, fast), unpack)
+    assert torch.equal(second, mine) and not torch.equal(first, mine)
     exactly = restorer.attend(LayerStep(0, queries, cache, replace(batch, read_exactly=True), spec, fast), unpack)
     assert torch.equal(exactly, fast.attention(queries, LayerCache(cache.keys, cache.values), batch, spec))
 

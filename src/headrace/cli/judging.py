@@ -73,9 +73,14 @@ def eval_kv(text: Path, kv: list[str], html: Path | None, json: bool, **flags: A
         if not html.parent.is_dir():
             raise InputError(f"{html} cannot be written: {html.parent} does not exist")
     with Console(stderr=True).status("loading") as status:
-        # A line as soon as it is known: the next policy may take minutes, or end it.
-        found = print_line if json else lambda row: None
-        values = judge_policies(read_text(text), kv, flags, status.update, found)
+
+        def found(row: dict[str, Any]) -> None:
+            # As soon as it is known: the next policy may take minutes, or end it.
+            status.stop()
+            print_line(row)
+            status.start()
+
+        values = judge_policies(read_text(text), kv, flags, status.update, found if json else lambda row: None)
     if not json:
         typer.echo(f"{headline(values)}\n\n{format_policies(values)}")
     if html is not None:

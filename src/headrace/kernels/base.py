@@ -106,7 +106,7 @@ class LayerCache:
     extra    uint8 [blocks, bytes], what a policy keeps in each exact block beside all that; no kernel reads it
     group    index into RaggedBatch.block_tables and .slots of these exact blocks
     sealed   uint8 [blocks, kv heads, bytes of a head] in `form`, where older blocks are sealed; no layer with a window
-             has that; sealed_group is their group. Without a form it is [blocks, 1, bytes], and no kernel reads it
+             has that; sealed_group is their group. Without a form it is [blocks, 1, bytes], and `unpack` reads it
     residual a query at position p reads the block of token p - residual + 1 and later ones exactly, earlier ones sealed
     first    but for so many tokens at the start, a multiple of the block size: they are read exactly by all queries
 

@@ -146,8 +146,8 @@ class CpuKernels:
         factors: Tensor | None = None,
         order: Tensor | None = None,
     ) -> None:
-        if not into.is_contiguous() or into.shape[1:].numel() != form.tokens * form.width or plane.stride(1) != 1:
-            raise ValueError(f"{form} does not unpack into {list(into.shape)}, contiguous")
+        check_unpacking(form, plane, blocks, into)
+        check_unpacking_by(form, blocks, factors, order)
         blocks, head = blocks.contiguous(), into.shape[3] if not form.by_channel else form.width
         numbers = form.tokens, form.width, form.bits, form.group, form.exponents, form.by_channel
         wanted = blocks.data_ptr(), len(blocks), address(factors), address(order)
@@ -197,6 +197,28 @@ def check_alike(x: Tensor | None, residual: Tensor) -> None:
     ):
         shape = None if x is None else list(x.shape)
         raise ValueError(f"x {shape} and residual {list(residual.shape)} must be alike and contiguous")
+
+
+def check_unpacking(form: VectorForm, plane: Tensor, blocks: Tensor, into: Tensor) -> None:
+    """Raises ValueError for blocks that cannot be unpacked there."""
+    if len(blocks) != len(into) or into.shape[1:].numel() != form.tokens * form.width or not into.is_contiguous():
+        raise ValueError(f"{len(blocks)} blocks of {form} do not unpack into {list(into.shape)}, contiguous")
+    if form.nbytes > plane.shape[1] or plane.stride(1) != 1 or blocks.dtype != torch.int64:
+        raise ValueError(f"{form} takes {form.nbytes} bytes of a plane {list(plane.shape)}, and blocks of int64")
+    if form.bits <= 8 and (form.tokens % 16 or form.group % 16):
+        raise ValueError(f"{form}: tokens and elements that share a scale must be multiples of 16")
+
+
+def check_unpacking_by(form: VectorForm, blocks: Tensor, factors: Tensor | None, order: Tensor | None) -> None:
+    """Raises ValueError for factors or an order that blocks cannot be unpacked by."""
+    if factors is not None and (
+        factors.shape != (len(blocks), form.tokens) or factors.dtype != torch.float32 or not factors.is_contiguous()
+    ):
+        raise ValueError(f"factors {list(factors.shape)} must be [{len(blocks)}, {form.tokens}], float32, contiguous")
+    if order is not None and (
+        not form.by_channel or order.shape != (form.width,) or order.dtype != torch.int64 or not order.is_contiguous()
+    ):
+        raise ValueError(f"an order must be int64 [{form.width}], contiguous, and of vectors by channel")
 
 
 def describe_rows(x: Tensor) -> tuple[int, int, int, int, int]:

@@ -1,6 +1,6 @@
-"""Reading sealed blocks that no kernel knows: they are made exact again for the length of one call.
+"""Reading sealed blocks that attention does not know: they are made exact again for the length of one call.
 
-What a query reads is as with forms that kernels know: sealed before the block of token p - residual + 1, exact from
+What a query reads is as with forms that attention knows: sealed before the block of token p - residual + 1, exact from
 there. This takes longer than plain attention: every step unpacks all older blocks of each layer, and then reads them as
 if they had never been sealed. Memory is what such policies save, not time.
 Knows nothing of how a policy seals.
@@ -39,7 +39,7 @@ class Restorer:
     """Attention over blocks that are unpacked for it. What a step's layers have in common is found once."""
 
     def __init__(self) -> None:
-        self._known: tuple[RaggedBatch, int, list[Share]] | None = None
+        self._known: tuple[RaggedBatch, tuple[int, ...], list[Share]] | None = None
 
     def attend(self, step: LayerStep, unpack: Unpack) -> Tensor:
         """Attention [T, heads, D] of a step's queries, older blocks by `unpack`.
@@ -52,13 +52,15 @@ class Restorer:
             return step.kernels.attention(step.queries, replace(step.cache, sealed=None), step.batch, step.spec)
         outputs = []
         for share in shares:
-            scratch = restore(step.cache, share, unpack)
-            outputs.append(step.kernels.attention(step.queries[share.queries], scratch, share.batch, step.spec))
+            queries = step.queries[share.queries]
+            outputs.append(step.kernels.attention(queries, restore(step.cache, share, unpack), share.batch, step.spec))
         return torch.cat(outputs)
 
     def _find_shares(self, batch: RaggedBatch, cache: LayerCache) -> list[Share]:
-        if self._known is None or self._known[0] is not batch or self._known[1] != cache.group:
-            self._known = batch, cache.group, plan_shares(batch, cache)
+        # Exact groups and sealed ones are cut each for itself: a layer may have one of them in common with the next.
+        place = cache.group, cache.sealed_group, cache.residual, len(cache.keys)
+        if self._known is None or self._known[0] is not batch or self._known[1] != place:
+            self._known = batch, place, plan_shares(batch, cache)
         return self._known[2]
 
 

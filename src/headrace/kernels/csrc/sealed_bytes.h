@@ -1,7 +1,7 @@
 // Sealed blocks of at most 4 bits where the processor has no products of bfloat16: queries and softmax weights, times their
 // scales, are rounded to 8 bits beside one number a row and unit, and codes are multiplied as the bytes that they are. What
 // rounding leaves of a row counts as if it met the middle code: small weights, all rounded to nothing, would otherwise pull
-// what they weigh to its minimum. An error is at most 1/254 of a row's largest, where a code of 4 bits has one of 1/30.
+// what they weigh to its minimum. Each product is wrong by 1/254 of the row's largest at most, where a code of 4 bits is by 1/30.
 #pragma once
 
 #include "sealed.h"
@@ -55,7 +55,13 @@ struct ByteCodes {
             int word = i / 4 / STEPS, step = i / 4 % STEPS, byte = i % 4;
             order[i] = (int8_t)(word * 4 * STEPS + 2 * (step + byte % 2 * STEPS) + byte / 2);
         }
+#if defined(__clang__)
+        v16 found;
+        for (int i = 0; i < 16; i++) found[i] = x[order[i]];
+        return found;
+#else
         return __builtin_shuffle(x, order);
+#endif
     }
 };
 
@@ -95,7 +101,8 @@ void round_rows(const T* x, int64_t stride, const half* scales, const half* mini
         }
         float most = largest(top);
         steps[r] = most / 127;
-        vf rest = round_row<BITS>(numbers, size, most > 0 ? 127 / most : 0, rounded + r * size);
+        // The softmax gives no less than 2^-126: what is next to nothing is taken for nothing, for its factor would be infinite.
+        vf rest = round_row<BITS>(numbers, size, most > 1e-30f ? 127 / most : 0, rounded + r * size);
         bases[r] = multiply_add(rest, splat(steps[r] * ByteCodes<BITS>::MIDDLE), bases[r]);
     }
 }

@@ -169,13 +169,13 @@ def attend_beside_plain(keys: Tensor, values: Tensor, instruction_set: str) -> t
 
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("first", [0, 32, 160])
+@pytest.mark.parametrize(("first", "form"), [(0, SealedForm(4, 2)), (32, SealedForm(8, 8)), (160, SealedForm(2, 4))])
 def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(
-    dtype: torch.dtype, first: int, instruction_set: str
+    dtype: torch.dtype, first: int, form: SealedForm, instruction_set: str
 ) -> None:
     fast, size = CpuKernels(instruction_set), 32
     batch = make_batch([(333, 333), (45, 45)], size)
-    cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, size, dtype, SealedForm(4, 2))
+    cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, size, dtype, form)
     cache = replace(cache, first=first)
     queries = torch.randn(378, 9, 64).to(dtype)
     whole = fast.attention(queries, cache, batch, AttentionSpec(0.125))
@@ -196,8 +196,10 @@ def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(
 
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("first", [0, 32, 160])
-def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(dtype: torch.dtype, first: int, instruction_set: str) -> None:
+@pytest.mark.parametrize(("first", "form"), [(0, SealedForm(4, 4)), (32, SealedForm(8, 8)), (160, SealedForm(4, 2))])
+def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(
+    dtype: torch.dtype, first: int, form: SealedForm, instruction_set: str
+) -> None:
     fast, count = CpuKernels(instruction_set), 21
     lengths = [(300 + 37 * (number % 5), 1) for number in range(count)]
     batch = make_batch(lengths, 32)
@@ -206,7 +208,7 @@ def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(dtype: torch.dtype, fir
         # Some have the exact blocks of the first tokens in common too, some have equal ones of their own.
         if row % 3:
             batch.block_tables[0][row, :5] = torch.arange(5).int()
-    cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, 32, dtype, SealedForm(4, 4))
+    cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, 32, dtype, form)
     cache = replace(cache, first=first)
     queries = torch.randn(count, 9, 64).to(dtype)
     together = fast.attention(queries, cache, batch, AttentionSpec(0.125))

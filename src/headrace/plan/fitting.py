@@ -172,7 +172,7 @@ def fit_chunk(prober: Prober, windows: tuple[int | None, ...], tell: Tell) -> fl
 
 def fit_context(prober: Prober, windows: tuple[int | None, ...], shared: bool, tell: Tell) -> float:
     """Seconds a pair in steps of one token a sequence: over each one's own context, or over one that all read."""
-    # A shared token costs a tenth of an own one: it takes many to be told from what a step varies by.
+    # A shared token costs far less than an own one: it takes many to be told from what a step varies by.
     sequences, far = (min(64, prober.limits.max_sequences), 2 * LONG) if shared else (8, LONG)
     far = min(far, prober.context // 2)
     tell(f"contexts of {far} tokens")

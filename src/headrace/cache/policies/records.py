@@ -26,10 +26,6 @@ class Record:
     def nbytes(self) -> int:
         return -(-sum(part.nbytes for part in self.parts) // ALIGNMENT) * ALIGNMENT
 
-    def find(self, place: int) -> int:
-        """Bytes before the part at this place."""
-        return sum(part.nbytes for part in self.parts[:place])
-
     def write(self, plane: Tensor, blocks: Tensor, numbers: list[Tensor]) -> None:
         """Put numbers [n, *shape], one tensor a part, into blocks [n] of a plane uint8 [blocks, at least nbytes]."""
         flat = [each.to(part.dtype).reshape(len(blocks), -1) for part, each in zip(self.parts, numbers, strict=True)]
@@ -39,7 +35,7 @@ class Record:
     def read(self, plane: Tensor, blocks: Tensor, place: int) -> Tensor:
         """What `write` put there of the part at this place."""
         part = self.parts[place]
-        start = self.find(place)
+        start = sum(each.nbytes for each in self.parts[:place])
         numbers = torch.empty(len(blocks), *part.shape, dtype=part.dtype, device=plane.device)
         numbers.flatten(1).view(torch.uint8).copy_(plane[blocks.long(), start : start + part.nbytes])
         return numbers

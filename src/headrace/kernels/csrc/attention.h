@@ -72,10 +72,15 @@ struct Worker {
     // Blocks begin..begin+count of a sequence, of which it has written so many tokens in all.
     Span find(int64_t place, int64_t begin, int64_t first, int64_t last, int64_t tokens) const {
         int64_t written = std::min(size, tokens - (begin + last - 1) * size);
-        Span span{{}, {}, {}, first, last, (written + Tile<T>::PAIR - 1) / Tile<T>::PAIR};
+        Span span{{}, {}, {}, {}, first, last, (written + Tile<T>::PAIR - 1) / Tile<T>::PAIR};
+        auto find_keys = [&](int64_t block) {
+            int64_t from = call.table(place, task.head)[block] * call.cache.stride, row = task.head * size;
+            return (const uint32_t*)(call.cache.keys + from + row * head * (int64_t)sizeof(T));
+        };
         for (int64_t block = first; block < last; block++) {
-            int64_t from = call.table(place, task.head)[begin + block] * call.cache.stride, row = task.head * size;
-            span.keys[block] = (const uint32_t*)(call.cache.keys + from + row * head * (int64_t)sizeof(T));
+            int64_t from = call.table(place, task.head)[begin + block] * call.cache.stride, row = task.head * size, next = begin + block + blocks;
+            span.keys[block] = find_keys(begin + block);
+            span.ahead[block] = next * size < tokens ? find_keys(next) : span.keys[block];
             span.values[block] = (const uint32_t*)(call.cache.values + from + row * head * (int64_t)sizeof(T));
             span.bias[block] = call.cache.bias ? (const float*)(call.cache.bias + from) + row : nullptr;
         }

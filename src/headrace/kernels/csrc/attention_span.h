@@ -77,6 +77,7 @@ void score_rows(const uint32_t* queries, const uint32_t* keys, const uint32_t* v
 struct Span {
     const uint32_t* keys[SPAN_TOKENS / 16];
     const uint32_t* values[SPAN_TOKENS / 16];
+    const uint32_t* ahead[SPAN_TOKENS / 16];  // keys that are read after each block's values, to be fetched meanwhile
     const float* bias[SPAN_TOKENS / 16];  // of a block's scores; null if there is none
     int64_t first, last, written;
 
@@ -84,8 +85,9 @@ struct Span {
 };
 
 // outputs [rows, size] += weights [rows, span] times the span's values, lanes of neighbouring tokens [block_lanes, size].
+// With `fetch`, asks for the keys that are read next, as many as there are values.
 template <class Lanes, int ROWS>
-void add_values(const uint32_t* weights, const Span& span, float* outputs, int64_t span_lanes, int64_t size, int64_t block_lanes) {
+void add_values(const uint32_t* weights, const Span& span, float* outputs, int64_t span_lanes, int64_t size, int64_t block_lanes, bool fetch) {
     constexpr int V = 4;
     int64_t d = 0;
     for (; d + V * W <= size; d += V * W) {
@@ -93,8 +95,9 @@ void add_values(const uint32_t* weights, const Span& span, float* outputs, int64
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < V; v++) sums[r][v] = load(outputs + r * size + d + v * W);
         for (int64_t block = span.first; block < span.last; block++) {
-            const uint32_t *values = span.values[block] + d, *lanes = weights + block * block_lanes;
+            const uint32_t *values = span.values[block] + d, *lanes = weights + block * block_lanes, *ahead = span.ahead[block] + d;
             for (int64_t j = 0, end = span.lanes(block, block_lanes); j < end; j++) {
+                for (int at = 0; fetch && at < V * W; at += 16) __builtin_prefetch(ahead + j * size + at);
                 vu row[V];
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) row[v] = load(values + j * size + v * W);
@@ -156,7 +159,8 @@ void add_span_values(const Span& blocks, const SpanRows& rows, int64_t size) {
     constexpr int64_t PAIR = Lanes::GROUP;
     for (int64_t r = rows.low; r < rows.high; r += OUTPUT_ROWS)
         by_count<OUTPUT_ROWS>(rows.high - r, [&](auto count) {
-            add_values<Lanes, count>(rows.weights + r * rows.span / PAIR, blocks, rows.outputs + r * rows.head, rows.span / PAIR, rows.head, size / PAIR);
+            add_values<Lanes, count>(rows.weights + r * rows.span / PAIR, blocks, rows.outputs + r * rows.head, rows.span / PAIR, rows.head, size / PAIR,
+                                     r == rows.low);
         });
 }
 

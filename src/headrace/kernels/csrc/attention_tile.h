@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "attention_span.h"
-#include "sealed_bytes.h"
+#include "sealed_integers.h"
 
 namespace {
 
@@ -111,10 +111,16 @@ struct Tile {
     }
     void add(const Span& blocks, const SpanRows& rows) { add_span_values<T>(blocks, rows, size); }
     void score(const SealedSpan& blocks, const SpanRows& rows) {
-        takes_bytes<T>(blocks.shape.key_bits) ? score_bytes(blocks, rows, s) : score_sealed<T>(blocks, rows, s);
+        if constexpr (TAKES_INTEGERS<T>)
+            score_integers(blocks, rows, s);
+        else
+            score_sealed(blocks, rows, s);
     }
     void add(const SealedSpan& blocks, const SpanRows& rows) {
-        takes_bytes<T>(blocks.shape.value_bits) ? add_bytes(blocks, rows, s) : add_sealed_values<T>(blocks, rows, s);
+        if constexpr (TAKES_INTEGERS<T>)
+            add_integers(blocks, rows, s);
+        else
+            add_sealed_values(blocks, rows, s);
     }
 };
 

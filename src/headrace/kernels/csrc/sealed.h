@@ -1,7 +1,7 @@
 // Sealed blocks: keys and values as codes of 2, 4 or 8 bits, after KIVI (arXiv 2402.02750, section 3): keys share a scale and a
 // minimum by channel over 32 tokens, values by token over 32 channels. Nothing is unpacked into memory: scales go into the
 // queries and the softmax weights, minimums into one number a row, and codes become floats in registers, or are
-// multiplied as bytes (sealed_bytes.h).
+// multiplied as whole numbers (sealed_integers.h).
 //
 // A block holds, kv head by kv head, units of 32 tokens; a unit holds
 //   key codes    [planes][head * bits / 32][32 tokens]     words of 32 / bits neighbouring channels

@@ -155,20 +155,29 @@ inline v16 narrow(vi v) {
 #endif
 }
 
-// 16 of them.
-inline v16 narrow(const vi (&v)[16 / W]) {
-#if defined(__AVX512F__)
-    return narrow(v[0]);
-#elif defined(__AVX2__)
-    return (v16)_mm_unpacklo_epi64((__m128i)narrow(v[0]), (__m128i)narrow(v[1]));
+// 32 of them.
+inline void narrow(const vi (&v)[32 / W], v16 (&into)[2]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // Packing keeps to halves of a vector: four bytes by four, they are put in order at last.
+    __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
+    __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    std::memcpy(into, &packed, 32);
 #else
-    v16 found;
-    for (int i = 0; i < 16 / W; i++) {
+    for (int i = 0; i < 32 / W; i++) {
         v16 some = narrow(v[i]);
-        std::memcpy((char*)&found + i * W, &some, W);
+        std::memcpy((char*)into + i * W, &some, W);
     }
-    return found;
 #endif
+}
+
+// Whole numbers that 16 bits hold.
+inline void store(int16_t* p, vi v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+    auto narrow = __builtin_convertvector(v, vh);
+#endif
+    std::memcpy(p, &narrow, sizeof narrow);
 }
 
 // W bytes, or the first n < W, as whole numbers.
@@ -226,6 +235,10 @@ inline int32_t sum(vi v) {
 inline float largest(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);
+#elif defined(__AVX2__)
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 #else
     float lanes[W];
     store(lanes, v);

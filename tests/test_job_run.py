@@ -47,6 +47,7 @@ def test_the_report_holds_what_is_promised(tiny_model: Path, tmp_path: Path) -> 
     report = run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
     assert set(report) >= REPORT_KEYS
     assert (report["requests"], report["succeeded"], report["failed"], report["rows_total"]) == (7, 6, 1, 7)
+    assert report["written"] == [str(tmp_path / name) for name in ("out.jsonl", "out.errors.jsonl")]
     assert report["prompt_tokens"] == report["cached_prompt_tokens"] + report["computed_prompt_tokens"]
     usage = [line["response"]["body"]["usage"] for line in read_lines(tmp_path / "out.jsonl")]
     assert report["output_tokens"] == report["job"]["output_tokens"] == sum(each["completion_tokens"] for each in usage)

@@ -170,8 +170,8 @@ def conclude(job: Job, work: Work, progress: Progress, report: dict[str, Any] | 
     """Write results and report (that of an earlier run, where it had answered the last row)."""
     if job.journal.totals().rows != job.rows or hash_file(job.source.path) != job.input_hash:
         raise InputError(f"{job.source.path} changed while the job ran: start anew with --fresh")
-    write_results(job.source, job.journal, job.form)
-    report = report or make_report(job, work)
+    written = write_results(job.source, job.journal, job.form)
+    report = (report or make_report(job, work)) | {"written": [str(path) for path in written]}
     job.journal.write_meta("report", report)
     job.journal.write_meta("written", describe_files(job, [job.form.output, job.form.errors]))
     write_report(Path(f"{job.ask.output}.report.json"), report)

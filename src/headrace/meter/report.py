@@ -145,6 +145,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         lines.insert(2, ("shared", f"{report['rows_shared']:,} rows equal to another were answered from it"))
     if report["rows_shortened"]:
         lines.insert(2, ("shortened", f"{report['rows_shortened']:,} rows had less room than max_tokens"))
+    if "written" in report:
+        lines.append(("written", ", ".join(report["written"])))
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
 

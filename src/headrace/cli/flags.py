@@ -62,7 +62,7 @@ def sign(command: Callable[..., None], parameters: Sequence[inspect.Parameter]) 
     return command
 
 
-def make_flag(name: str, hint: Any, default: Any, **option: Any) -> inspect.Parameter:
-    """A flag of one command's own, for `add_settings`."""
-    annotation = Annotated[hint, typer.Option(f"--{name.replace('_', '-')}", **option)]
+def make_flag(name: str, hint: Any, default: Any, *others: str, **option: Any) -> inspect.Parameter:
+    """A flag of one command's own, for `add_settings`; `others` are flags that mean the same."""
+    annotation = Annotated[hint, typer.Option(f"--{name.replace('_', '-')}", *others, **option)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -29,7 +29,7 @@ UNUSED_CACHE = 64 * 2**20
 NEEDED = inspect.Parameter.empty
 COMMON = (
     make_flag("text", Path, NEEDED, metavar="FILE", help="Plain text in UTF-8."),
-    make_flag("kv", list[str], NEEDED, metavar="POLICY", help="A policy, such as 'kivi(k=4, v=2)'; give several."),
+    make_flag("kv", list[str], NEEDED, "--policies", metavar="POLICY", help="Such as 'kivi(k=4, v=2)'; give several."),
     make_flag("model", str, DEFAULT_MODEL, help="A name from `headrace models`, a model folder or a .gguf file."),
     make_flag("precision", str, "auto", help="auto, fp32, bf16, int8 or int4."),
     make_flag("json", bool, False, help="Print JSON, a line for each policy."),

@@ -102,7 +102,7 @@ def settle(sample: Callable[[], float], what: str) -> float:
 
 
 def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
-    """Measure the step times of a loaded model; takes less than a minute for small ones.
+    """Measure the step times of a loaded model; takes less than a minute for small ones on a fast processor.
 
     Raises NoisyMachine where times scatter too much to be believed.
     """

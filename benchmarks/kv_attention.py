@@ -1,10 +1,10 @@
 """Attention of decoding sequences over exact and sealed blocks of SmolLM2-135M's shape, each in turn, caches cold.
 
-    python benchmarks/kv_attention.py [--context 4096] [--sequences 16] [--rounds 21] [--instruction-set avx2]
+    python benchmarks/kv_attention.py [--context 4096] [--sequences 16] [--rounds 21] [--dtype float32]
 
 Before each call other memory is read, as a step reads other layers. Blocks are scattered. Prints a Markdown table of
-medians: time a token of context, bytes it has, share of the memory's peak, and how much faster than exact blocks of
-bfloat16. Run it with nothing else running.
+medians: time a token of context, bytes it has, share of the memory's peak, and how much faster than exact blocks. Run
+it with nothing else running.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ COLD_BYTES = 96 * 2**20
 NONE = torch.zeros(0, dtype=torch.int64)
 
 
-def make_cache(blocks: int, form: SealedForm | None, kernels: CpuKernels) -> LayerCache:
+def make_cache(blocks: int, form: SealedForm | None, kernels: CpuKernels, dtype: torch.dtype) -> LayerCache:
     """Random keys and values of one layer, all of them sealed too where there is a form."""
-    keys = torch.randn(blocks, KV_HEADS, HEAD_SIZE // 2, BLOCK_SIZE, 2).bfloat16()
-    values = torch.randn(blocks, KV_HEADS, BLOCK_SIZE // 2, HEAD_SIZE, 2).bfloat16()
+    pair = 4 // dtype.itemsize
+    keys = torch.randn(blocks, KV_HEADS, HEAD_SIZE // pair, BLOCK_SIZE, pair).to(dtype)
+    values = torch.randn(blocks, KV_HEADS, BLOCK_SIZE // pair, HEAD_SIZE, pair).to(dtype)
     if form is None:
         return LayerCache(keys, values)
     head_bytes = form.count_head_bytes(HEAD_SIZE, BLOCK_SIZE)
@@ -52,7 +53,11 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--instruction-set", default="auto")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of exact blocks and queries"
+    )
     arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     kernels = CpuKernels(arguments.instruction_set)
     kernels.set_threads(count_cores())
@@ -61,8 +66,8 @@ def main() -> None:
     table = torch.randperm(blocks).view(count, -1).int()
     starts, last = torch.arange(count + 1).int(), torch.full((count,), context).int()
     batch = RaggedBatch(NONE, last - 1, starts, last, (table, table), (NONE,), NONE)
-    queries, spec = torch.randn(count, HEADS, HEAD_SIZE).bfloat16(), AttentionSpec(HEAD_SIZE**-0.5)
-    caches = {name: make_cache(blocks, form, kernels) for name, form in FORMS.items()}
+    queries, spec = torch.randn(count, HEADS, HEAD_SIZE).to(dtype), AttentionSpec(HEAD_SIZE**-0.5)
+    caches = {name: make_cache(blocks, form, kernels, dtype) for name, form in FORMS.items()}
     times: dict[str, list[float]] = {name: [] for name in caches}
     other = torch.zeros(COLD_BYTES, dtype=torch.uint8)
     for _ in range(arguments.rounds):

@@ -182,7 +182,8 @@ inline __attribute__((always_inline)) void add_integer_words(vi (&totals)[ROWS][
 
 inline vf scale_sums(vi totals, float step) { return __builtin_convertvector(totals, vf) * step; }
 
-// scores [rows, 32] of a unit: see score_unit.
+// scores [rows, 32] of a unit: see score_unit. Asks for `bytes` of keys that lie ahead, a few lines at a time: many at once wait
+// for each other.
 template <class C, int ROWS>
 void score_unit_integers(const uint32_t* rounded, const float (&steps)[ROWS], const vf (&bases)[ROWS], const char* unit, float* scores, int64_t span, int64_t head,
                          const char* ahead, int64_t bytes) {
@@ -206,12 +207,13 @@ void score_unit_integers(const uint32_t* rounded, const float (&steps)[ROWS], co
     }
 }
 
-// outputs [rows, head] += weights [rows, span] times the values that 32 channels have in a span's units.
+// outputs [rows, head] += weights [rows, span] times the values that 32 channels have in a span's units. The first rows ask for
+// their part of the values that lie ahead.
 template <class C, int ROWS, class T>
 void add_unit_integers(const SealedSpan& blocks, const SpanRows& rows, int64_t r, int64_t group, float* numbers, typename C::Number* rounded) {
     constexpr int64_t LANE = 4 / sizeof(typename C::Number);
     vf found[UNIT / W][ROWS] = {}, bases[ROWS] = {};
-    int64_t groups = rows.head / UNIT, fetched = (blocks.shape.bytes() - blocks.shape.values()) / groups;
+    int64_t groups = rows.head / UNIT, fetched = r == rows.low ? (blocks.shape.bytes() - blocks.shape.values()) / groups : 0;
     for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
         const half* scales = (const half*)(blocks.units[unit] + blocks.shape.value_scales()) + group * UNIT;
         float steps[ROWS];
@@ -257,7 +259,7 @@ void score_integers(const SealedSpan& blocks, const SpanRows& rows, Scratch<T>& 
                     round_rows<C, count>((const T*)rows.queries + r * rows.head, rows.head, scales, scales + rows.head, rows.head, s.numbers.data(),
                                          (typename C::Number*)s.scaled.data(), steps, bases);
                     score_unit_integers<C, count>((const uint32_t*)s.scaled.data(), steps, bases, blocks.units[unit], rows.scores + r * rows.span + unit * UNIT,
-                                                  rows.span, rows.head, blocks.ahead[unit], blocks.shape.values());
+                                                  rows.span, rows.head, blocks.ahead[unit], r == rows.low ? blocks.shape.values() : 0);
                 }
             });
     });

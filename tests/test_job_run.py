@@ -98,6 +98,16 @@ def test_a_complete_job_is_not_run_again(tiny_model: Path, tmp_path: Path, capsy
     assert output.read_bytes() == before
 
 
+def test_a_complete_job_says_where_its_answers_are_now(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    source = write_lines(tmp_path / "here" / "in.jsonl", batch_rows(2))
+    report = run(tiny_model, source, tmp_path / "here" / "out.jsonl")
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = run(tiny_model, tmp_path / "there" / "in.jsonl", tmp_path / "there" / "out.jsonl")
+    assert report["written"] == [str(tmp_path / "here" / "out.jsonl")]
+    assert moved == report | {"written": [str(tmp_path / "there" / "out.jsonl")]}
+
+
 def test_a_job_of_other_settings_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     source, output = write_lines(tmp_path / "in.jsonl", batch_rows(3)), tmp_path / "out.jsonl"
     run(tiny_model, source, output)

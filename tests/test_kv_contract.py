@@ -234,6 +234,8 @@ def test_what_would_change_nothing_is_refused() -> None:
     for kv in ("kivi", "snapkv"):
         with pytest.raises(InputError, match="every layer of this model has a sliding window"):
             make_policy(kv).arrange(KVShape((512,) * 4, 1, 256, torch.bfloat16), 32)
+    with pytest.raises(InputError, match="head size 544 cannot be sealed: it must be at most 512"):
+        make_policy("kivi").arrange(KVShape((None,) * 4, 1, 544, torch.bfloat16), 32)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from headrace.kernels.base import UNIT
 TYPICAL_TOKENS = 1024
 # So much more memory than the least is worth having fewer groups to look after.
 SPARED = 1.05
+# Products of 8-bit codes and a row of 16-bit integers fit 32 bits up to this head size (csrc/sealed_integers.h).
+LARGEST_HEAD = 512
 
 
 def arrange_sealed(shape: KVShape, block_size: int, sealed_bytes: int, exact: CacheGroup) -> CacheLayout:
@@ -27,6 +29,8 @@ def arrange_sealed(shape: KVShape, block_size: int, sealed_bytes: int, exact: Ca
     if block_size % UNIT or shape.head_size % UNIT:
         wrong = f"block_size {block_size}" if block_size % UNIT else f"head size {shape.head_size}"
         raise InputError(f"{wrong} cannot be sealed: it must be a multiple of {UNIT}")
+    if shape.head_size > LARGEST_HEAD:
+        raise InputError(f"head size {shape.head_size} cannot be sealed: it must be at most {LARGEST_HEAD}")
     whole = [layer for layer, window in enumerate(shape.windows) if window is None]
     if not whole:
         raise InputError("every layer of this model has a sliding window: there is nothing to seal; use kv plain")

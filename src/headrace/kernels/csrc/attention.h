@@ -80,7 +80,7 @@ struct Worker {
         for (int64_t block = first; block < last; block++) {
             int64_t from = call.table(place, task.head)[begin + block] * call.cache.stride, row = task.head * size, next = begin + block + blocks;
             span.keys[block] = find_keys(begin + block);
-            span.ahead[block] = next * size < tokens ? find_keys(next) : span.keys[block];
+            span.ahead[block] = next * size < tokens ? find_keys(next) : nullptr;
             span.values[block] = (const uint32_t*)(call.cache.values + from + row * head * (int64_t)sizeof(T));
             span.bias[block] = call.cache.bias ? (const float*)(call.cache.bias + from) + row : nullptr;
         }
@@ -141,7 +141,7 @@ struct Worker {
             if (call.sealed.data)
                 add_older(tile, from, begin, 0, begin + blocks);
             else
-                tile.add_span(find(from, begin, 0, blocks, (begin + blocks) * size), begin * size);
+                tile.add_span(find(from, begin, 0, blocks, least + 1), begin * size);
             begin += blocks;
         }
         if (to - from == 1) return run_alone(from, begin, (from - task.first) * group);

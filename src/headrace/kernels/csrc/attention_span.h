@@ -77,7 +77,7 @@ void score_rows(const uint32_t* queries, const uint32_t* keys, const uint32_t* v
 struct Span {
     const uint32_t* keys[SPAN_TOKENS / 16];
     const uint32_t* values[SPAN_TOKENS / 16];
-    const uint32_t* ahead[SPAN_TOKENS / 16];  // keys that are read after each block's values, to be fetched meanwhile
+    const uint32_t* ahead[SPAN_TOKENS / 16];  // keys that are read after each block's values; null if there are none
     const float* bias[SPAN_TOKENS / 16];  // of a block's scores; null if there is none
     int64_t first, last, written;
 
@@ -95,9 +95,10 @@ void add_values(const uint32_t* weights, const Span& span, float* outputs, int64
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < V; v++) sums[r][v] = load(outputs + r * size + d + v * W);
         for (int64_t block = span.first; block < span.last; block++) {
-            const uint32_t *values = span.values[block] + d, *lanes = weights + block * block_lanes, *ahead = span.ahead[block] + d;
+            const uint32_t *values = span.values[block] + d, *lanes = weights + block * block_lanes;
+            const uint32_t* ahead = fetch && span.ahead[block] ? span.ahead[block] + d : nullptr;
             for (int64_t j = 0, end = span.lanes(block, block_lanes); j < end; j++) {
-                for (int at = 0; fetch && at < V * W; at += 16) __builtin_prefetch(ahead + j * size + at);
+                for (int at = 0; ahead && at < V * W; at += 16) __builtin_prefetch(ahead + j * size + at);
                 vu row[V];
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) row[v] = load(values + j * size + v * W);

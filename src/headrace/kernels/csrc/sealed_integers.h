@@ -2,7 +2,7 @@
 // to whole numbers beside one number a row and unit, of 8 bits for codes of at most 4 and of 16 for codes of 8, and codes are
 // multiplied as the whole numbers that they are. What rounding leaves of a row counts as if it met the middle code: small
 // weights, all rounded to nothing, would otherwise pull what they weigh to its minimum. Each product is wrong by 1/254 of the
-// row's largest at most, where a code of 4 bits is by 1/30; with 16 bits by less than what bfloat16 leaves.
+// row's largest at most, where a code of 4 bits is by 1/30; with 16 bits by 1/32766.
 #pragma once
 
 #include "sealed.h"
@@ -67,23 +67,20 @@ struct IntegerCodes {
 
     static Sum add_products(Sum sum, uint32_t row, vu codes) { return add_byte_products(sum, row, codes); }
 
-    // Put down 32 neighbours, 16 by 16 in the order in which the steps of their words give them.
-    static void put(const vi (&numbers)[UNIT / W], int8_t* into) {
-        v16 order = {}, bytes[2];
-        narrow(numbers, bytes);
+    // Put down 16 neighbours in the order in which the steps of their words give them.
+    static void put(const vi (&numbers)[16 / W], int8_t* into) {
+        v16 order = {}, bytes = narrow(numbers);
         for (int i = 0; i < 16; i++) {
             int word = i / 4 / STEPS, step = i / 4 % STEPS, byte = i % 4;
             order[i] = (int8_t)(word * 4 * STEPS + 2 * (step + byte % 2 * STEPS) + byte / 2);
         }
-        for (const v16& some : bytes) {
 #if defined(__clang__)
-            v16 found;
-            for (int i = 0; i < 16; i++) found[i] = some[order[i]];
+        v16 found;
+        for (int i = 0; i < 16; i++) found[i] = bytes[order[i]];
 #else
-            v16 found = __builtin_shuffle(some, order);
+        v16 found = __builtin_shuffle(bytes, order);
 #endif
-            std::memcpy(into + (&some - bytes) * 16, &found, 16);
-        }
+        std::memcpy(into, &found, 16);
     }
 };
 
@@ -107,8 +104,8 @@ struct IntegerCodes<8> {
 
     static Sum add_products(Sum sum, uint32_t row, vu codes) { return add_pair_products(sum, row, codes); }
 
-    static void put(const vi (&numbers)[UNIT / W], int16_t* into) {
-        for (int part = 0; part < UNIT / W; part++) store(into + part * W, numbers[part]);
+    static void put(const vi (&numbers)[16 / W], int16_t* into) {
+        for (int part = 0; part < 16 / W; part++) store(into + part * W, numbers[part]);
     }
 };
 
@@ -117,9 +114,9 @@ struct IntegerCodes<8> {
 template <class C>
 vf round_row(const float* x, int64_t size, float factor, typename C::Number* into) {
     vf rest = {};
-    for (int64_t d = 0; d < size; d += UNIT) {
-        vi numbers[UNIT / W];
-        for (int part = 0; part < UNIT / W; part++) {
+    for (int64_t d = 0; d < size; d += 16) {
+        vi numbers[16 / W];
+        for (int part = 0; part < 16 / W; part++) {
             // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, ties to even.
             vf exact = load(x + d + part * W) * factor, whole = (exact + 12582912.0f) - 12582912.0f;
             rest += exact - whole;

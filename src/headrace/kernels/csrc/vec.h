@@ -155,18 +155,19 @@ inline v16 narrow(vi v) {
 #endif
 }
 
-// 32 of them.
-inline void narrow(const vi (&v)[32 / W], v16 (&into)[2]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    // Packing keeps to halves of a vector: four bytes by four, they are put in order at last.
-    __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
-    __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    std::memcpy(into, &packed, 32);
+// 16 of them.
+inline v16 narrow(const vi (&v)[16 / W]) {
+#if defined(__AVX512F__)
+    return narrow(v[0]);
+#elif defined(__AVX2__)
+    return (v16)_mm_unpacklo_epi64((__m128i)narrow(v[0]), (__m128i)narrow(v[1]));
 #else
-    for (int i = 0; i < 32 / W; i++) {
+    v16 found;
+    for (int i = 0; i < 16 / W; i++) {
         v16 some = narrow(v[i]);
-        std::memcpy((char*)into + i * W, &some, W);
+        std::memcpy((char*)&found + i * W, &some, W);
     }
+    return found;
 #endif
 }
 

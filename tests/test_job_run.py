@@ -100,12 +100,20 @@ def test_a_complete_job_is_not_run_again(tiny_model: Path, tmp_path: Path, capsy
 
 def test_a_complete_job_says_where_its_answers_are_now(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    source = write_lines(tmp_path / "here" / "in.jsonl", batch_rows(2))
+    source = write_lines(tmp_path / "here" / "in.jsonl", [*batch_rows(2), batch_row("bad", "x", nonsense=1)])
     report = run(tiny_model, source, tmp_path / "here" / "out.jsonl")
     (tmp_path / "here").rename(tmp_path / "there")
     moved = run(tiny_model, tmp_path / "there" / "in.jsonl", tmp_path / "there" / "out.jsonl")
-    assert report["written"] == [str(tmp_path / "here" / "out.jsonl")]
-    assert moved == report | {"written": [str(tmp_path / "there" / "out.jsonl")]}
+    names = "out.jsonl", "out.errors.jsonl"
+    assert report["written"] == [str(tmp_path / "here" / name) for name in names]
+    assert moved == report | {"written": [str(tmp_path / "there" / name) for name in names]}
+
+
+def test_a_neighbours_file_is_not_said_to_be_the_jobs(tiny_model: Path, tmp_path: Path) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", [{"text": "hello"}]), tmp_path / "out.jsonl"
+    (tmp_path / "out.errors.jsonl").write_text("somebody's\n")
+    for _ in range(2):
+        assert run(tiny_model, source, output, prompt="{{ text }}")["written"] == [str(output)]
 
 
 def test_a_job_of_other_settings_is_refused(tiny_model: Path, tmp_path: Path) -> None:

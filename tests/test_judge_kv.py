@@ -264,7 +264,7 @@ def test_eval_kv_from_the_command_line(llm: LLM, tmp_path: Path, capsys: pytest.
     text, page = tmp_path / "text.txt", tmp_path / "page.html"
     text.write_text("The mill by the river grinds wheat. " * 500)
     common = ["--text", str(text), "--model", llm.options.model, "--precision", "fp32"]
-    asked = ["eval", "kv", *common, "--kv", "plain", "--kv", "kivi(k=2, v=2)", "--windows", "2"]
+    asked = ["eval", "kv", *common, "--kv", "plain", "--policies", "kivi(k=2, v=2)", "--windows", "2"]
     assert (
         main([*asked, "--contexts", "64,128", "--kv-cache-bytes", "4MiB", "--job", "--html", str(page), "--json"]) == 0
     )

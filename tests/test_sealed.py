@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from headrace.cache.policies.sealing import LARGEST_HEAD
 from headrace.kernels import _cpu
 from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch, SealedForm
 from headrace.kernels.cpu import CpuKernels
@@ -177,6 +178,21 @@ def test_rows_for_codes_of_8_bits_are_rounded_to_16(head: int, instruction_set: 
     CpuKernels()
     # Rounded to 8 bits they differ by ten times as much. What is left is mostly that outputs are rounded to bfloat16.
     assert float((mine - PLAIN.attention(queries, cache, batch, spec).float()).abs().mean()) < 5e-4
+
+
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+def test_products_of_the_largest_head_fit_32_bits(instruction_set: str) -> None:
+    batch = make_batch([(64, 1)], 32)
+    cache = make_cache(int(batch.block_tables[0].max()) + 1, 1, LARGEST_HEAD, 32, torch.bfloat16, SealedForm(8, 8))
+    # All codes are the largest but for one token's.
+    keys, values = torch.ones(1, 64, LARGEST_HEAD).bfloat16(), torch.randn(1, 64, LARGEST_HEAD).bfloat16()
+    keys[0, 5] = -1
+    write_slots(cache, batch.block_tables[0][0].long(), 0, keys, values)
+    PLAIN.seal(cache, batch.block_tables[0][0], batch.block_tables[1][0])
+    query, spec = torch.ones(1, 1, LARGEST_HEAD).bfloat16(), AttentionSpec(LARGEST_HEAD**-0.5)
+    mine = CpuKernels(instruction_set).attention(query, cache, batch, spec)
+    CpuKernels()
+    assert_close(mine, PLAIN.attention(query, cache, batch, spec))
 
 
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())

@@ -51,6 +51,10 @@ class ResultFormat:
         """The file of the failed rows of an OpenAI Batch job."""
         return self.output.with_name(f"{self.output.stem}.errors.jsonl")
 
+    def list_files(self, failures: int) -> list[Path]:
+        """The files of a job of which so many rows have failed."""
+        return [self.output, self.errors] if self.batch and self.kind == "jsonl" and failures else [self.output]
+
 
 def write_results(source: Source, journal: Journal, form: ResultFormat) -> list[Path]:
     """Write OUTPUT, and the error file where the job has one; a stale one is removed. Returns what was written."""
@@ -75,7 +79,7 @@ def write_batch(journal: Journal, form: ResultFormat) -> list[Path]:
             (errors if failed else output).write(line + b"\n")
     if not failures:
         form.errors.unlink()
-    return [form.output, form.errors] if failures else [form.output]
+    return form.list_files(failures)
 
 
 def merge(source: Source, journal: Journal, form: ResultFormat) -> Iterator[tuple[Row, Record]]:

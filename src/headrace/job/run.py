@@ -73,7 +73,7 @@ def complete(job: Job, stop: StopSignals) -> dict[str, Any]:
         report = job.journal.read_meta("report")
         if report is not None and are_written(job):
             progress.say(f"all {job.rows:,} rows are answered already in {job.ask.output}")
-            report |= {"written": [str(path) for path in (job.form.output, job.form.errors) if path.exists()]}
+            report |= {"written": [str(path) for path in job.form.list_files(totals.failed)]}
             progress.show_report(report)
             return report
         work = Work(Counters(), None, job.ask.settings())

@@ -17,28 +17,28 @@ from pathlib import Path
 from jobs import engine_options, read_journal
 
 from headrace.job.run import run_job
-from headrace.options import RunOptions, SamplingOptions
+from headrace.options import EngineOptions, RunOptions, SamplingOptions
 
 
-def answer(model: Path, source: str, output: Path) -> None:
+def answer(options: EngineOptions, source: str, output: Path) -> None:
     """In the fork: the whole job, and nothing of the parent's ending."""
     code = 1
     try:
-        options = RunOptions(quiet=True)
-        run_job(source, str(output), engine_options(model, max_sequences=6), SamplingOptions(max_tokens=24), options)
+        run_job(source, str(output), options, SamplingOptions(max_tokens=24), RunOptions(quiet=True))
         code = 0
     finally:
         os._exit(code)
 
 
-def main(model: Path, source: str, output: Path, kills: int) -> None:
+def main(model: Path, source: str, output: Path, kills: int, kv_cache_bytes: int) -> None:
+    options = engine_options(model, max_sequences=6, kv_cache_bytes=kv_cache_bytes)
     source_of_delays = random.Random(7)
     known: dict[int, bytes] = {}
     begins, changed, killed, code, longest = [], 0, 0, -1, 0.2
     while code != 0:
         child = os.fork()
         if child == 0:
-            answer(model, source, output)
+            answer(options, source, output)
         if killed < kills:
             time.sleep(source_of_delays.uniform(0.0, longest))
             os.kill(child, signal.SIGKILL)
@@ -57,4 +57,4 @@ def main(model: Path, source: str, output: Path, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))

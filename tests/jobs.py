@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,18 @@ def read_journal(output: Path) -> dict[int, bytes]:
         return {}  # its tables are not made yet
     finally:
         database.close()
+
+
+def run_killed(model: Path, source: Path, output: Path, kills: int, kv_cache_bytes: int) -> int:
+    """Run a job killed with SIGKILL so many times; its rows, of which none was lost and none computed twice."""
+    arguments = [str(each) for each in (model, source, output, kills, kv_cache_bytes)]
+    killer = Path(__file__).with_name("job_killer.py")
+    result = subprocess.run(
+        [sys.executable, str(killer), *arguments], capture_output=True, text=True, cwd=killer.parent
+    )
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    # Rows are only ever inserted, and none that was finished changed.
+    assert said["killed"] == kills and said["begins"] == sorted(said["begins"]) and said["changed"] == 0
+    assert len(set(said["begins"])) > 3, "the kills must have hit the job at work"
+    return int(said["rows"])

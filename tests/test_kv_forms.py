@@ -97,7 +97,7 @@ def test_codes_by_token_come_back_within_half_a_step(bits: int) -> None:
     found, groups = codec.decode(codec.encode(x)), x.view(3, 16, 3, 32)
     spread = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
     assert bool(((found.view_as(groups) - groups).abs() <= spread / (2**bits - 1) / 2 * 1.01 + 4e-3).all())
-    assert codec.nbytes == 16 * (96 * bits // 8 + 3 * 4)
+    assert codec.nbytes == 16 * (96 * bits // 8 + 3 * 3)
 
 
 FORMS = [
@@ -228,7 +228,7 @@ def test_a_pair_keeps_lengths_directions_and_the_chosen_tokens(
 ) -> None:
     form = PairForm(32, 64, dtype, 3, bits)
     number = 4 if dtype == torch.float32 else 2
-    directions = [64 * number] * 2 if bits is None else [64 * each // 8 + 2 * 4 for each in bits]
+    directions = [64 * number] * 2 if bits is None else [64 * each // 8 + 2 * 3 for each in bits]
     parts = [32 * each + 3 * 2 + 2 * (32 * number + 3 * 64 * dtype.itemsize) for each in directions]
     assert form.nbytes == -(-max(parts) // 64) * 64
     (k1, v1), (k2, v2) = layers = tuple(

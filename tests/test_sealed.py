@@ -15,6 +15,7 @@ from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch, Sealed
 from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.reference import ReferenceKernels, read_blocks, write_slots
 from headrace.kernels.units import pack_units, unpack_units
+from headrace.kernels.vectors import decode_middles, encode_middles, restore_groups, round_groups
 
 PLAIN = ReferenceKernels()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -74,6 +75,8 @@ def test_sealing_gives_the_bytes_of_plain_torch(form: SealedForm, dtype: torch.d
     for head, size in ((64, 32), (256, 64), (32, 128)):
         cache = make_cache(5, 3, head, size, dtype, form)
         cache.keys[1].fill_(0.7)
+        cache.keys[0] -= 200
+        cache.values[0] += 70
         cache.values[2].zero_()
         mine = replace(cache, sealed=torch.full_like(cache.sealed, 7))  # type: ignore[arg-type]
         exact, sealed = torch.tensor([3, 1, 2, 0]).int(), torch.tensor([0, 4, 2, 1]).int()
@@ -82,6 +85,28 @@ def test_sealing_gives_the_bytes_of_plain_torch(form: SealedForm, dtype: torch.d
         assert torch.equal(mine.sealed[sealed.long()], cache.sealed[sealed.long()])  # type: ignore[index]
         assert bool((mine.sealed[3] == 7).all())  # type: ignore[index]
     CpuKernels()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("away", [0, -3, 20, -1000])
+def test_groups_come_back_within_half_a_scale(bits: int, away: int) -> None:
+    x = torch.randn(500, 32) + away
+    x[0], x[1] = 0, away
+    codes, scales, middles = round_groups(x, bits)
+    found = restore_groups(codes, scales[:, None], middles[:, None], bits)
+    levels, spread = 2**bits - 1, x.amax(-1) - x.amin(-1)
+    # The scale itself is rounded to 11 bits, by which the outermost codes may be off.
+    assert bool(((found - x).abs().amax(-1) <= scales.float() * (0.5 + levels / 2**12)).all())
+    if abs(away) < 10:
+        assert bool((scales[2:].float() <= spread[2:] / levels * (1.07 if bits == 8 else 1.001)).all())
+
+
+def test_a_byte_tells_middles_to_a_sixteenth() -> None:
+    everything = decode_middles(torch.arange(256).to(torch.uint8))
+    assert (everything[:3].tolist(), everything[127], everything[255]) == ([0, 1, 2], 3952, -3952)
+    assert torch.equal(encode_middles(everything[:128]), torch.arange(128).to(torch.uint8))
+    x = torch.linspace(-3952, 3952, 100_001)
+    assert bool(((decode_middles(encode_middles(x)) - x).abs() <= (x.abs() + 16) / 32 + 1e-3).all())
 
 
 @pytest.mark.parametrize("form", FORMS, ids=NAMES)

@@ -81,9 +81,9 @@ UNIT = 32
 class SealedForm:
     """Keys and values as codes of 2, 4 or 8 bits, after KIVI (arXiv 2402.02750, section 3).
 
-    Keys share a scale and a minimum (half precision each) by channel over 32 tokens, values by token over 32 channels.
-    A block is [kv heads, bytes of a head], a head's units of 32 tokens one after the other; `kernels.units` takes one
-    apart. Head and block size are multiples of 32.
+    Keys share a scale (half precision) and a middle (8 bits) by channel over 32 tokens, values by token over 32
+    channels. A block is [kv heads, bytes of a head], a head's units of 32 tokens one after the other; `kernels.units`
+    takes one apart. Head and block size are multiples of 32.
     """
 
     key_bits: int
@@ -92,7 +92,7 @@ class SealedForm:
     def count_head_bytes(self, head_size: int, block_size: int) -> int:
         """Bytes of one kv head of one block."""
         codes = head_size * UNIT * (self.key_bits + self.value_bits) // 8
-        return block_size // UNIT * (codes + 8 * head_size)
+        return block_size // UNIT * (codes + 6 * head_size)
 
 
 @dataclass(frozen=True, slots=True)

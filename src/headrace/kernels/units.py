@@ -1,4 +1,4 @@
-"""Sealed blocks in plain torch: from keys and values to codes, scales and minimums, and back. The oracle of sealing.
+"""Sealed blocks in plain torch: from keys and values to codes, scales and middles, and back. The oracle of sealing.
 
 Knows the bytes of a unit (32 tokens of one kv head); csrc/sealed.h describes the same.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.base import UNIT, SealedForm
-from headrace.kernels.vectors import round_groups
+from headrace.kernels.vectors import restore_groups, round_groups
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
@@ -41,13 +41,13 @@ def pack_units(keys: Tensor, values: Tensor, form: SealedForm) -> Tensor:
     heads, _, size = keys.shape
     by_channel = keys.reshape(heads, -1, UNIT, size).transpose(2, 3)  # [heads, units, D, 32]
     by_token = values.reshape(heads, -1, UNIT, size // UNIT, UNIT)  # [heads, units, 32, groups, 32]
-    codes, scales, minimums = round_groups(by_channel, form.key_bits)
+    codes, scales, middles = round_groups(by_channel, form.key_bits)
     parts = [pack_words(codes.transpose(2, 3), form.key_bits).permute(0, 1, 3, 4, 2)]  # [.., planes, words, 32 tokens]
-    parts += [scales, minimums]
-    codes, scales, minimums = round_groups(by_token, form.value_bits)
+    parts += [scales, middles]
+    codes, scales, middles = round_groups(by_token, form.value_bits)
     by_column = codes.flatten(3).transpose(2, 3)  # [heads, units, D, 32 tokens]
     parts.append(pack_words(by_column, form.value_bits).permute(0, 1, 3, 4, 2))  # [.., planes, words, D]
-    parts += [scales.transpose(2, 3), minimums.transpose(2, 3)]
+    parts += [scales.transpose(2, 3), middles.transpose(2, 3)]
     flat = [part.contiguous().flatten(2).view(torch.uint8) for part in parts]
     return torch.cat(flat, -1)
 
@@ -55,21 +55,16 @@ def pack_units(keys: Tensor, values: Tensor, form: SealedForm) -> Tensor:
 def unpack_units(units: Tensor, form: SealedForm, size: int) -> tuple[Tensor, Tensor]:
     """Keys and values float32 [kv heads, tokens, D] of units uint8 [heads, units, bytes], as `pack_units` made them."""
     heads, count, _ = units.shape
-    lengths = [size * form.key_bits * 4, size * 2, size * 2, size * form.value_bits * 4, size * 2, size * 2]
-    parts = torch.split(units, lengths, -1)
+    lengths = [size * form.key_bits * 4, size * 2, size, size * form.value_bits * 4, size * 2, size]
+    types = [torch.int32, torch.float16, torch.uint8] * 2
+    parts = [part.contiguous().view(dtype) for part, dtype in zip(torch.split(units, lengths, -1), types, strict=True)]
     planes = [max(1, bits // 4) for bits in (form.key_bits, form.value_bits)]
-    key_words = parts[0].contiguous().view(torch.int32).view(heads, count, planes[0], -1, UNIT).permute(0, 1, 4, 2, 3)
-    scales, minimums = (part.contiguous().view(torch.float16).float() for part in parts[1:3])
-    keys = unpack_words(key_words, form.key_bits) * scales[:, :, None] + minimums[:, :, None]
-    value_words = parts[3].contiguous().view(torch.int32).view(heads, count, planes[1], -1, size).permute(0, 1, 4, 2, 3)
-    codes = unpack_words(value_words, form.value_bits).transpose(2, 3)  # [heads, units, 32, D]
-    scales, minimums = (
-        part.contiguous()
-        .view(torch.float16)
-        .float()
-        .view(heads, count, -1, UNIT)
-        .transpose(2, 3)
-        .repeat_interleave(UNIT, 3)
-        for part in parts[4:6]
+    words = parts[0].view(heads, count, planes[0], -1, UNIT).permute(0, 1, 4, 2, 3)
+    scales, middles = (part[:, :, None] for part in parts[1:3])
+    keys = restore_groups(unpack_words(words, form.key_bits), scales, middles, form.key_bits)
+    words = parts[3].view(heads, count, planes[1], -1, size).permute(0, 1, 4, 2, 3)
+    codes = unpack_words(words, form.value_bits).transpose(2, 3)  # [heads, units, 32, D]
+    scales, middles = (
+        part.view(heads, count, -1, UNIT).transpose(2, 3).repeat_interleave(UNIT, 3) for part in parts[4:6]
     )
-    return keys.flatten(1, 2), (codes * scales + minimums).flatten(1, 2)
+    return keys.flatten(1, 2), restore_groups(codes, scales, middles, form.value_bits).flatten(1, 2)

@@ -31,8 +31,8 @@ class VectorForm:
 
     bits        16 or 32: elements are numbers, float16 or float32; 2, 4 or 8: codes
     group       codes: so many neighbouring elements of a token share a scale
-    exponents   codes: a scale and a minimum are float16 each, and a code means code * scale + minimum (KIVI's values);
-                with exponents the scale is a power of two, int8 e, and a code (code - 2^(bits - 1)) * 2^(e - bits + 2)
+    exponents   codes: with a scale (float16) and a middle (uint8) as in `round_groups`; with exponents the scale is a
+                power of two, int8 e, and a code means (code - 2^(bits - 1)) * 2^(e - bits + 2)
     by_channel  a row of elements is a channel's of all tokens, as exact keys have them; else a token's of all channels
     """
 
@@ -45,13 +45,13 @@ class VectorForm:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What there is of a block, one after the other: elements by row, then scales likewise, then minimums."""
+        """What there is of a block, one after the other: elements by row, then scales likewise, then middles."""
         rows, columns = self._turn(self.tokens, self.width)
         if self.bits > 8:
             return (Part(torch.float32 if self.bits == 32 else torch.float16, (rows, columns)),)
         shared = self._turn(self.tokens, self.width // self.group)
-        scales = [Part(torch.int8, shared)] if self.exponents else [Part(torch.float16, shared)] * 2
-        return (Part(torch.uint8, (rows, columns * self.bits // 8)), *scales)
+        types = [torch.int8] if self.exponents else [torch.float16, torch.uint8]
+        return (Part(torch.uint8, (rows, columns * self.bits // 8)), *(Part(each, shared) for each in types))
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +90,7 @@ class VectorForm:
         scales = [self._lay(each)[..., None] for each in numbers[1:]]
         if self.exponents:
             return ((codes - (1 << (self.bits - 1))) * make_steps(scales[0], self.bits)).flatten(2)
-        return (codes * scales[0].float() + scales[1].float()).flatten(2)
+        return restore_groups(codes, scales[0], scales[1], self.bits).flatten(2)
 
     def _turn(self, tokens: int, channels: int) -> tuple[int, int]:
         return (channels, tokens) if self.by_channel else (tokens, channels)
@@ -100,14 +100,54 @@ class VectorForm:
         return x.transpose(1, 2).contiguous() if self.by_channel else x
 
 
+def grain_of(bits: int) -> float:
+    """So many codes does a middle of 1 stand for: a 256th of what so many bits tell apart."""
+    return (1 << bits) / 256
+
+
 def round_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (int64, like x), scales and minimums (float16, without the last dimension) of groups along x's last
-    dimension: asymmetric rounding to nearest (KIVI, section 3.1), scales and minimums rounded first."""
+    """Codes (int64, like x), scales (float16) and middles (uint8, both without the last dimension) of groups along x's
+    last dimension: asymmetric rounding to nearest (KIVI, section 3.1), scales and middles rounded first.
+
+    KIVI keeps a group's least number beside its scale; here the middle of what its codes can mean is kept in a byte
+    (`encode_middles`). Codes are rounded to what that makes of them, so nothing is wrong by more than half a scale; far
+    off zero, where middles are coarse, the scale leaves room for that.
+    """
     least, most = x.amin(-1), x.amax(-1)
-    scales, minimums = ((most - least) / (2**bits - 1)).half(), least.half()
-    step, start = scales.float()[..., None], minimums.float()[..., None]
-    places = torch.where(step > 0, (x - start) / step, 0.0)
-    return places.clamp(0, 2**bits - 1).round().long(), scales, minimums
+    grain, levels = grain_of(bits), 2**bits - 1
+    middle, spread = (least + most) / 2, most - least
+    far = middle.abs() / (3900 * grain)
+    narrow = (spread / levels).maximum(far)
+    exponents = torch.frexp(torch.where(narrow > 0, middle.abs() / narrow / grain, 0.0) + 16).exponent
+    slack = (torch.ldexp(torch.full_like(spread, grain), exponents - 5) - 1).clamp_min(0)
+    scales = (spread / (levels - slack)).maximum(far).half()
+    step = scales.float()
+    middles = encode_middles(torch.where(step > 0, middle / step / grain, 0.0))
+    starts = decode_middles(middles) * grain - levels / 2
+    places = torch.where(step[..., None] > 0, x / step[..., None] - starts[..., None], 0.0)
+    return places.clamp(0, levels).round().long(), scales, middles
+
+
+def restore_groups(codes: Tensor, scales: Tensor, middles: Tensor, bits: int) -> Tensor:
+    """The numbers, float32, of codes in any order; their scales and middles are laid out so that they broadcast."""
+    numbers: Tensor = (codes + (decode_middles(middles) * grain_of(bits) - (2**bits - 1) / 2)) * scales.float()
+    return numbers
+
+
+def encode_middles(x: Tensor) -> Tensor:
+    """The nearest numbers that a byte tells, uint8: a sign, three bits e and four bits m for ((16 + m) << e) - 16, up
+    to 3,952. Dense near zero, where most middles are, and never coarser than a sixteenth."""
+    magnitude = x.abs() + 16
+    exponents = torch.frexp(magnitude).exponent - 5
+    codes = exponents * 16 + torch.ldexp(magnitude, -exponents).round() - 16
+    return (codes.clamp_max(127) + 128 * (x < 0)).to(torch.uint8)
+
+
+def decode_middles(bytes_: Tensor) -> Tensor:
+    """The numbers of `encode_middles`, float32."""
+    codes = bytes_.int()
+    magnitude = (16 + (codes & 15) << (codes >> 4 & 7)) - 16
+    return torch.where(codes > 127, -magnitude, magnitude).float()
 
 
 def make_steps(exponents: Tensor, bits: int) -> Tensor:

@@ -1,5 +1,7 @@
-// From exact blocks to sealed ones: round to nearest between a group's least and largest, scales rounded first.
+// From exact blocks to sealed ones: round to nearest between a group's least and largest, scales and middles rounded first.
 #pragma once
+
+#include <cmath>
 
 #include "pool.h"
 #include "sealed.h"
@@ -50,10 +52,25 @@ inline float to_float(bf16 value) {
     return result;
 }
 
-// Rows of 32 numbers, each with a scale and a minimum of its own, as words: row i * codes + k of a word row i is its k-th code.
+// How far apart a group's codes are, and where their middle is: round_groups in vectors.py says why so.
+inline void choose_grid(float least, float most, int64_t bits, half& scale, uint8_t& middle) {
+    const float grain = grain_of(bits), levels = (float)((1 << bits) - 1);
+    float middle_of = (least + most) / 2, spread = most - least, far = std::fabs(middle_of) / (3900 * grain);
+    float narrow = std::max(spread / levels, far);
+    int exponent = 0;
+    if (narrow > 0) std::frexp(std::fabs(middle_of) / narrow / grain + 16, &exponent);
+    float slack = std::max(std::ldexp(grain, exponent - 5) - 1, 0.0f);
+    scale = to_half(std::max(spread / (levels - slack), far));
+    float step = to_float(scale), place = step > 0 ? middle_of / step / grain : 0, magnitude = std::fabs(place) + 16;
+    std::frexp(magnitude, &exponent);
+    float code = (float)(exponent - 5) * 16 + std::nearbyint(std::ldexp(magnitude, 5 - exponent)) - 16;
+    middle = (uint8_t)((code < 127 ? (int)code : 127) | (place < 0 ? 128 : 0));
+}
+
+// Rows of 32 numbers, each with a scale and a middle of its own, as words: row i * codes + k of a word row i is its k-th code.
 // A row of numbers lies in one half of a row of lanes; neighbouring rows share their lanes in bfloat16.
 template <class T>
-void seal_rows(const uint32_t* lanes, int64_t stride, int64_t rows, int64_t bits, uint32_t* words, int64_t word_stride, half* scales, half* minimums) {
+void seal_rows(const uint32_t* lanes, int64_t stride, int64_t rows, int64_t bits, uint32_t* words, int64_t word_stride, half* scales, uint8_t* middles) {
     constexpr int64_t PAIR = LanesOf<T>::type::GROUP, V = UNIT / W;
     const int plane_bits = bits == 2 ? 2 : 4, codes = 32 / plane_bits, planes = bits == 8 ? 2 : 1;
     const float levels = (float)((1 << bits) - 1);
@@ -67,11 +84,10 @@ void seal_rows(const uint32_t* lanes, int64_t stride, int64_t rows, int64_t bits
                 x[v] = (vf)(PAIR == 1 ? both : row % 2 ? both & 0xffff0000u : both << 16);
                 least = v ? minimum(least, x[v]) : x[v], most = v ? maximum(most, x[v]) : x[v];
             }
-            float low = -largest(-least);
-            half scale = scales[row] = to_half((largest(most) - low) / levels), start = minimums[row] = to_half(low);
-            float step = to_float(scale);
+            choose_grid(-largest(-least), largest(most), bits, scales[row], middles[row]);
+            float step = to_float(scales[row]), begin = load_middles(middles + row, 1)[0] * grain_of(bits) - levels / 2;
             for (int v = 0; v < V; v++) {
-                vf level = step > 0 ? (x[v] - to_float(start)) / step : splat(0.0f);
+                vf level = step > 0 ? x[v] / step - begin : splat(0.0f);
                 // Adding 1.5 * 2^23 leaves the nearest whole number in the lowest bits.
                 vu code = (vu)(minimum(maximum(level, splat(0.0f)), splat(levels)) + 12582912.0f) & 0xff;
                 int shift = (int)(place % 2 * 16 + place / 2 * plane_bits);
@@ -88,11 +104,11 @@ void seal_rows(const uint32_t* lanes, int64_t stride, int64_t rows, int64_t bits
 template <class T>
 void seal_unit(const uint32_t* keys, const uint32_t* values, int64_t block_size, const UnitShape& shape, char* into) {
     int64_t head = shape.head;
-    half* scales = (half*)(into + shape.key_scales());
-    seal_rows<T>(keys, block_size, head, shape.key_bits, (uint32_t*)into, UNIT, scales, scales + head);
-    scales = (half*)(into + shape.value_scales());
+    seal_rows<T>(keys, block_size, head, shape.key_bits, (uint32_t*)into, UNIT, (half*)(into + shape.key_scales()), (uint8_t*)(into + shape.key_middles()));
+    half* scales = (half*)(into + shape.value_scales());
+    uint8_t* middles = (uint8_t*)(into + shape.value_middles());
     for (int64_t from = 0; from < head; from += UNIT)
-        seal_rows<T>(values + from, head, UNIT, shape.value_bits, (uint32_t*)(into + shape.values()) + from, head, scales + from, scales + head + from);
+        seal_rows<T>(values + from, head, UNIT, shape.value_bits, (uint32_t*)(into + shape.values()) + from, head, scales + from, middles + from);
 }
 
 template <class T>

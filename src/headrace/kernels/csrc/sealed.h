@@ -1,13 +1,14 @@
 // Sealed blocks: keys and values as codes of 2, 4 or 8 bits, after KIVI (arXiv 2402.02750, section 3): keys share a scale and a
-// minimum by channel over 32 tokens, values by token over 32 channels. Nothing is unpacked into memory: scales go into the
-// queries and the softmax weights, minimums into one number a row, and codes become floats in registers, or are
-// multiplied as whole numbers (sealed_integers.h).
+// middle by channel over 32 tokens, values by token over 32 channels; how they mean a number says vectors.py. Nothing is
+// unpacked into memory: scales go into the queries and the softmax weights, middles into one number a row, and codes become
+// floats in registers, or are multiplied as whole numbers (sealed_integers.h).
 //
 // A block holds, kv head by kv head, units of 32 tokens; a unit holds
 //   key codes    [planes][head * bits / 32][32 tokens]     words of 32 / bits neighbouring channels
-//   key scales   [head], key minimums [head]               half precision
+//   key scales   [head]                                    half precision
+//   key middles  [head]                                    8 bits
 //   value codes  [planes][bits][head]                      words of 32 / bits neighbouring tokens
-//   value scales [head / 32][32 tokens], value minimums likewise
+//   value scales [head / 32][32 tokens], value middles likewise
 // where 8 bits are two planes of 4, the lower halves first.
 #pragma once
 
@@ -24,10 +25,42 @@ struct UnitShape {
     int64_t head, key_bits, value_bits;
 
     int64_t key_scales() const { return head * UNIT * key_bits / 8; }
-    int64_t values() const { return key_scales() + head * 4; }
+    int64_t key_middles() const { return key_scales() + head * 2; }
+    int64_t values() const { return key_middles() + head; }
     int64_t value_scales() const { return values() + head * UNIT * value_bits / 8; }
-    int64_t bytes() const { return value_scales() + head / UNIT * UNIT * 4; }
+    int64_t value_middles() const { return value_scales() + head * 2; }
+    int64_t bytes() const { return value_middles() + head; }
 };
+
+// Middles count so many codes each, a 256th of what the bits tell apart.
+inline float grain_of(int64_t bits) { return (float)(1 << bits) / 256; }
+
+// The middles of W neighbouring groups, or of the first n, from their bytes: see `encode_middles` in vectors.py.
+inline vf load_middles(const uint8_t* p, int64_t n = W) {
+    vi bytes = widen(p, n);
+    // Three bits of exponent and four of mantissa have their places in a float from 16 on.
+    vf magnitude = (vf)(((vu)(bytes & 0x7f) << 19) + (131u << 23)) - 16.0f;
+    return (vf)((vu)magnitude | (vu)(bytes & 0x80) << 24);
+}
+
+// The scales and middles of neighbouring numbers, of a unit's keys or of a group of its values.
+struct Grid {
+    const half* scales;
+    const uint8_t* middles;
+    int64_t bits;
+
+    vf scale(int64_t i) const { return load(scales + i); }
+    // What a code of 0 means.
+    vf least(int64_t i) const { return scale(i) * (load_middles(middles + i) * grain_of(bits) - (float)((1 << bits) - 1) / 2); }
+};
+
+inline Grid key_grid(const char* unit, const UnitShape& shape) {
+    return {(const half*)(unit + shape.key_scales()), (const uint8_t*)(unit + shape.key_middles()), shape.key_bits};
+}
+
+inline Grid value_grid(const char* unit, const UnitShape& shape, int64_t group) {
+    return {(const half*)(unit + shape.value_scales()) + group * UNIT, (const uint8_t*)(unit + shape.value_middles()) + group * UNIT, shape.value_bits};
+}
 
 // The units of a span that a tile sees, of one kv head.
 struct SealedSpan {
@@ -63,18 +96,17 @@ inline float plane_weight(int64_t plane) { return plane ? 16.0f : 1.0f; }
 
 inline float sum_plane_weights(int64_t planes) { return planes == 2 ? 17.0f : 1.0f; }
 
-// scaled [planes][rows][SIZE] = x [rows, stride] * scales, rounded to T; added to the sum of bases [rows]: what x has of the
-// minimums, less what OFFSET adds to every code.
+// scaled [planes][rows][SIZE] = x [rows, stride] * scales, rounded to T; added to the sum of bases [rows]: what x has of codes
+// of 0, less what OFFSET adds to every code.
 template <class T, int ROWS>
-void scale_rows(const T* x, int64_t stride, const half* scales, const half* minimums, int64_t size, float offset, int64_t planes, int64_t plane_size, T* scaled,
-                vf (&bases)[ROWS]) {
+void scale_rows(const T* x, int64_t stride, const Grid& grid, int64_t size, float offset, int64_t planes, int64_t plane_size, T* scaled, vf (&bases)[ROWS]) {
     vf rounded[ROWS] = {};
     for (int64_t d = 0; d < size; d += 2 * W) {
-        vf scale[2] = {load(scales + d), load(scales + d + W)}, minimum[2] = {load(minimums + d), load(minimums + d + W)};
+        vf scale[2] = {grid.scale(d), grid.scale(d + W)}, least[2] = {grid.least(d), grid.least(d + W)};
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
             vf first = load(x + r * stride + d), second = load(x + r * stride + d + W);
-            bases[r] = multiply_add(second, minimum[1], multiply_add(first, minimum[0], bases[r]));
+            bases[r] = multiply_add(second, least[1], multiply_add(first, least[0], bases[r]));
             T* into = scaled + r * size + d;
             rounded[r] = add_stored(into, first * scale[0], second * scale[1], rounded[r]);
             if (planes == 2) {
@@ -132,11 +164,10 @@ void add_unit_values(const SealedSpan& blocks, const SpanRows& rows, int64_t r, 
     using C = Codes<T, BITS>;
     constexpr int64_t STRIDE = UNIT / C::Lanes::GROUP;
     vf sums[UNIT / (2 * W)][ROWS][2] = {}, bases[ROWS] = {};
-    int64_t groups = rows.head / UNIT, plane_size = ROWS * UNIT;
+    int64_t plane_size = ROWS * UNIT;
     for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
-        const half* scales = (const half*)(blocks.units[unit] + blocks.shape.value_scales()) + group * UNIT;
-        scale_rows<T, ROWS>((const T*)rows.weights + r * rows.span + unit * UNIT, rows.span, scales, scales + groups * UNIT, UNIT, C::OFFSET, planes, plane_size,
-                            scaled, bases);
+        scale_rows<T, ROWS>((const T*)rows.weights + r * rows.span + unit * UNIT, rows.span, value_grid(blocks.units[unit], blocks.shape, group), UNIT, C::OFFSET,
+                            planes, plane_size, scaled, bases);
         const uint32_t* codes = (const uint32_t*)(blocks.units[unit] + blocks.shape.values()) + group * UNIT;
         for (int64_t part = 0; part < UNIT / (2 * W); part++)
             for (int64_t plane = 0; plane < planes; plane++)
@@ -170,10 +201,9 @@ void score_sealed(const SealedSpan& blocks, const SpanRows& rows, Scratch<T>& s)
         for (int64_t r = rows.low; r < rows.high; r += SCORE_ROWS)
             by_count<SCORE_ROWS>(rows.high - r, [&](auto count) {
                 for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
-                    const half* scales = (const half*)(blocks.units[unit] + blocks.shape.key_scales());
                     vf bases[count()] = {};
-                    scale_rows<T, count>((const T*)rows.queries + r * head, head, scales, scales + head, head, C::OFFSET, planes, plane_size, s.scaled.data(),
-                                         bases);
+                    scale_rows<T, count>((const T*)rows.queries + r * head, head, key_grid(blocks.units[unit], blocks.shape), head, C::OFFSET, planes, plane_size,
+                                         s.scaled.data(), bases);
                     score_unit<T, decltype(bits)::value, count>((const uint32_t*)s.scaled.data(), plane_size / C::Lanes::GROUP, bases,
                                                                 blocks.units[unit], rows.scores + r * rows.span + unit * UNIT, rows.span, head, planes,
                                                                 blocks.ahead[unit], blocks.shape.bytes());

@@ -1,7 +1,7 @@
 // Sealed blocks where the processor has no products of bfloat16: queries and softmax weights, times their scales, are rounded
 // to whole numbers beside one number a row and unit, of 8 bits for codes of at most 4 and of 16 for codes of 8, and codes are
 // multiplied as the whole numbers that they are. What rounding leaves of a row counts as if it met the middle code: small
-// weights, all rounded to nothing, would otherwise pull what they weigh to its minimum. Each product is wrong by 1/254 of the
+// weights, all rounded to nothing, would otherwise pull what they weigh to its least. Each product is wrong by 1/254 of the
 // row's largest at most, where a code of 4 bits is by 1/30; with 16 bits by 1/32766.
 #pragma once
 
@@ -127,13 +127,13 @@ vf round_row(const float* x, int64_t size, float factor, typename C::Number* int
     return rest;
 }
 
-// rounded [rows][size] = x [rows, stride] * scales in steps of a row's own; added to the sum of bases what x has of the minimums,
+// rounded [rows][size] = x [rows, stride] * scales in steps of a row's own; added to the sum of bases what x has of codes of 0,
 // and what rounding left. numbers: working memory [3][size].
 template <class C, int ROWS, class T>
-void round_rows(const T* x, int64_t stride, const half* scales, const half* minimums, int64_t size, float* numbers, typename C::Number* rounded,
-                float (&steps)[ROWS], vf (&bases)[ROWS]) {
+void round_rows(const T* x, int64_t stride, const Grid& grid, int64_t size, float* numbers, typename C::Number* rounded, float (&steps)[ROWS],
+                vf (&bases)[ROWS]) {
     float *wide = numbers + size, *least = wide + size;
-    for (int64_t d = 0; d < size; d += W) store(wide + d, load(scales + d)), store(least + d, load(minimums + d));
+    for (int64_t d = 0; d < size; d += W) store(wide + d, grid.scale(d)), store(least + d, grid.least(d));
     for (int r = 0; r < ROWS; r++) {
         vf top = {};
         for (int64_t d = 0; d < size; d += W) {
@@ -212,9 +212,9 @@ void add_unit_integers(const SealedSpan& blocks, const SpanRows& rows, int64_t r
     vf found[UNIT / W][ROWS] = {}, bases[ROWS] = {};
     int64_t groups = rows.head / UNIT, fetched = r == rows.low ? (blocks.shape.bytes() - blocks.shape.values()) / groups : 0;
     for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
-        const half* scales = (const half*)(blocks.units[unit] + blocks.shape.value_scales()) + group * UNIT;
         float steps[ROWS];
-        round_rows<C, ROWS>((const T*)rows.weights + r * rows.span + unit * UNIT, rows.span, scales, scales + groups * UNIT, UNIT, numbers, rounded, steps, bases);
+        round_rows<C, ROWS>((const T*)rows.weights + r * rows.span + unit * UNIT, rows.span, value_grid(blocks.units[unit], blocks.shape, group), UNIT, numbers,
+                            rounded, steps, bases);
         const uint32_t* codes = (const uint32_t*)(blocks.units[unit] + blocks.shape.values()) + group * UNIT;
         const char* ahead = blocks.ahead[unit] + blocks.shape.values() + group * fetched;
         for (int64_t part = 0; part < UNIT / W; part += 2) {
@@ -250,11 +250,10 @@ void score_integers(const SealedSpan& blocks, const SpanRows& rows, Scratch<T>& 
         for (int64_t r = rows.low; r < rows.high; r += INTEGER_ROWS)
             by_count<INTEGER_ROWS>(rows.high - r, [&](auto count) {
                 for (int64_t unit = blocks.from; unit < blocks.to; unit++) {
-                    const half* scales = (const half*)(blocks.units[unit] + blocks.shape.key_scales());
                     vf bases[count()] = {};
                     float steps[count()];
-                    round_rows<C, count>((const T*)rows.queries + r * rows.head, rows.head, scales, scales + rows.head, rows.head, s.numbers.data(),
-                                         (typename C::Number*)s.scaled.data(), steps, bases);
+                    round_rows<C, count>((const T*)rows.queries + r * rows.head, rows.head, key_grid(blocks.units[unit], blocks.shape), rows.head,
+                                         s.numbers.data(), (typename C::Number*)s.scaled.data(), steps, bases);
                     score_unit_integers<C, count>((const uint32_t*)s.scaled.data(), steps, bases, blocks.units[unit], rows.scores + r * rows.span + unit * UNIT,
                                                   rows.span, rows.head, blocks.ahead[unit], r == rows.low ? blocks.shape.values() : 0);
                 }

@@ -5,6 +5,7 @@
 
 #include "lanes.h"
 #include "pool.h"
+#include "sealed.h"
 
 namespace {
 
@@ -30,7 +31,7 @@ inline void spread(const char* row, int64_t bits, int64_t count, float* x) {
     else spread_codes<2>(row, count, x);
 }
 
-// What codes are multiplied by, and what is added then. From the start of a block's scales.
+// What codes are multiplied by, and what they count from. From the start of a block's scales.
 struct Scales {
     const char* data;
     int64_t count, bits;
@@ -43,13 +44,13 @@ struct Scales {
         return (vf)((exponent - (int32_t)bits + 2 + 127) << 23);
     }
     vf step(int64_t i) const { return splat(steps(i, 1)[0]); }
-    vf minimums(int64_t i) const { return load((const half*)data + count + i); }
-    vf minimum(int64_t i) const { return splat(load((const half*)data + count + i, 1)[0]); }
 
-    // Codes with exponents are taken from their middle first, so that the product is rounded as it would be alone.
-    vf scale(vf codes, vf step, vf minimum) const {
-        return exponents ? (codes - (float)(1 << (bits - 1))) * step : codes * step + minimum;
+    // What a code of 0 counts, likewise: codes with exponents have no middle of their own.
+    vf starts(int64_t i, int64_t n = W) const {
+        if (exponents) return splat(-(float)(1 << (bits - 1)));
+        return load_middles((const uint8_t*)data + 2 * count + i, n) * grain_of(bits) - (float)((1 << bits) - 1) / 2;
     }
+    vf start(int64_t i) const { return splat(starts(i, 1)[0]); }
 };
 
 // A row of a block, floats [columns]. factors: one a token; null: none.
@@ -58,16 +59,14 @@ inline void read_row(const Vectors& form, const char* block, int64_t row, const 
     spread(block + row * columns * form.bits / 8, form.bits, columns, x);
     if (form.bits <= 8) {
         Scales scales{block + codes, form.tokens * form.width / form.group, form.bits, form.exponents};
-        vf none = {};
         if (form.by_channel) {
             int64_t first = row / form.group * columns;
-            for (int64_t i = 0; i < columns; i += W)
-                store(x + i, scales.scale(load(x + i), scales.steps(first + i), form.exponents ? none : scales.minimums(first + i)));
+            for (int64_t i = 0; i < columns; i += W) store(x + i, (load(x + i) + scales.starts(first + i)) * scales.steps(first + i));
         } else {
             int64_t first = row * (columns / form.group);
             for (int64_t from = 0; from < columns; from += form.group, first++) {
-                vf step = scales.step(first), minimum = form.exponents ? none : scales.minimum(first);
-                for (int64_t i = from; i < from + form.group; i += W) store(x + i, scales.scale(load(x + i), step, minimum));
+                vf step = scales.step(first), start = scales.start(first);
+                for (int64_t i = from; i < from + form.group; i += W) store(x + i, (load(x + i) + start) * step);
             }
         }
     }

@@ -55,7 +55,7 @@ def main(folder: Path, model: Path, kills: int) -> None:
         going = {name for name, _ in rows}
         lost += sum(rows.get(row) != record for row, record in known.items() if row[0] in going)
         # On a busy machine it takes longer until there is something to lose.
-        longest *= 0.8 if rows.keys() != known.keys() else 1.2 if known else 2.0
+        longest *= 0.8 if rows.keys() != known.keys() else 1.2 if max(begins, default=0) else 2.0
         begins.append(len(rows))
         known = rows
     print(json.dumps({"killed": killed, "begins": begins, "lost": lost}))

@@ -34,13 +34,14 @@ def main(model: Path, source: str, output: Path, kills: int, kv_cache_bytes: int
     options = engine_options(model, max_sequences=6, kv_cache_bytes=kv_cache_bytes)
     source_of_delays = random.Random(7)
     known: dict[int, bytes] = {}
-    begins, changed, killed, code, longest = [], 0, 0, -1, 0.2
+    begins, changed, killed, code, longest, slept = [], 0, 0, -1, 0.2, 0.0
     while code != 0:
         child = os.fork()
         if child == 0:
             answer(options, source, output)
         if killed < kills:
-            time.sleep(source_of_delays.uniform(0.0, longest))
+            slept = source_of_delays.uniform(0.0, longest)
+            time.sleep(slept)
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)
@@ -51,6 +52,8 @@ def main(model: Path, source: str, output: Path, kills: int, kv_cache_bytes: int
         changed += sum(rows.get(row) != record for row, record in known.items())
         begins.append(len(known))
         # So that about every other try finishes a row, whatever the machine takes to begin.
+        if rows and not known:
+            longest = slept
         longest *= 0.8 if len(rows) > len(known) else 1.2 if known else 2.0
         known = rows
     print(json.dumps({"killed": killed, "begins": begins, "changed": changed, "rows": len(known)}))

@@ -75,11 +75,9 @@ def read_journal(output: Path) -> dict[int, bytes]:
 
 def run_killed(model: Path, source: Path, output: Path, kills: int, kv_cache_bytes: int) -> int:
     """Run a job killed with SIGKILL so many times; its rows, of which none was lost and none computed twice."""
-    arguments = [str(each) for each in (model, source, output, kills, kv_cache_bytes)]
     killer = Path(__file__).with_name("job_killer.py")
-    result = subprocess.run(
-        [sys.executable, str(killer), *arguments], capture_output=True, text=True, cwd=killer.parent
-    )
+    command = [sys.executable, *map(str, (killer, model, source, output, kills, kv_cache_bytes))]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=killer.parent, timeout=500)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     # Rows are only ever inserted, and none that was finished changed.

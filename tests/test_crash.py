@@ -15,7 +15,7 @@ import pytest
 from conftest import shared_data
 from jobs import read_journal, read_lines, run_killed
 
-ROWS = 48
+ROWS = 72
 
 
 def command(source: Path, target: Path, model: Path) -> list[str]:

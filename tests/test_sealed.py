@@ -77,6 +77,10 @@ def test_sealing_gives_the_bytes_of_plain_torch(form: SealedForm, dtype: torch.d
         cache.keys[1].fill_(0.7)
         cache.keys[0] -= 200
         cache.values[0] += 70
+        cache.values[3, 0] *= 1e-7
+        cache.values[3, 1] *= 1e-9
+        cache.values[3, 2] = 4e-41
+        cache.keys[3, 0] *= 1e4
         cache.values[2].zero_()
         mine = replace(cache, sealed=torch.full_like(cache.sealed, 7))  # type: ignore[arg-type]
         exact, sealed = torch.tensor([3, 1, 2, 0]).int(), torch.tensor([0, 4, 2, 1]).int()
@@ -92,13 +96,14 @@ def test_sealing_gives_the_bytes_of_plain_torch(form: SealedForm, dtype: torch.d
 def test_groups_come_back_within_half_a_scale(bits: int, away: int) -> None:
     x = torch.randn(500, 32) + away
     x[0], x[1] = 0, away
+    x[2] = 4e-41
     codes, scales, middles = round_groups(x, bits)
     found = restore_groups(codes, scales[:, None], middles[:, None], bits)
     levels, spread = 2**bits - 1, x.amax(-1) - x.amin(-1)
     # The scale itself is rounded to 11 bits, by which the outermost codes may be off.
-    assert bool(((found - x).abs().amax(-1) <= scales.float() * (0.5 + levels / 2**12)).all())
-    if abs(away) < 10:
-        assert bool((scales[2:].float() <= spread[2:] / levels * (1.07 if bits == 8 else 1.001)).all())
+    assert bool(((found - x).abs().amax(-1) <= scales.float() * (0.5 + levels / 2**12) + 1e-40).all())
+    if abs(away) <= 20:  # the spread is four
+        assert bool((scales[3:].float() <= spread[3:] / levels * (2 if away > 10 else 1.1)).all())
 
 
 def test_a_byte_tells_middles_to_a_sixteenth() -> None:
@@ -159,7 +164,7 @@ def test_what_lies_before_the_beginning_is_not_read(sealed: bool) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
-def test_small_weights_beside_a_large_one_do_not_pull_values_to_their_minimum(instruction_set: str) -> None:
+def test_small_weights_beside_a_large_one_do_not_pull_values_to_their_least_code(instruction_set: str) -> None:
     """One token has 0.955 of the attention and 31 of its unit 0.0014 each, less than 8 bits tell beside it. Without$
     what they weigh counted at the middle code, half of the outputs would be wrong by 0.089."""
     keys, values = torch.zeros(65, 64), torch.ones(65, 64)

@@ -37,7 +37,7 @@ from headrace.schedule.state import SchedulerState
 # Raised whenever weights are quantised or packed in another way: what lies in the cache folder is then made anew.
 PACKING = 2
 # Raised whenever the bytes of a KV block mean something else: what lies in a kv_dir is then not found any more.
-KEEPING = 2
+KEEPING = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,7 +214,7 @@ class Kernels(Protocol):
 
     def seal(self, cache: LayerCache, exact: Tensor, sealed: Tensor) -> None:
         """Write blocks `exact` [n], all of whose tokens are in the cache, in its form into blocks `sealed` [n] (int32).
-        Scales and minimums are rounded before codes are: round to nearest, ties to even, in float32."""
+        Scales and middles are rounded before codes are: round to nearest, ties to even, in float32."""
         ...
 
     def observe(

@@ -12,6 +12,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+# A little less than the largest middle in grains, so that it stays in reach when the scale is rounded.
+FARTHEST = 3900
+# Far below what half precision tells from nothing.
+LEAST_SCALE = 1e-30
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -31,8 +36,8 @@ class VectorForm:
 
     bits        16 or 32: elements are numbers, float16 or float32; 2, 4 or 8: codes
     group       codes: so many neighbouring elements of a token share a scale
-    exponents   codes: with a scale (float16) and a middle (uint8) as in `round_groups`; with exponents the scale is a
-                power of two, int8 e, and a code means (code - 2^(bits - 1)) * 2^(e - bits + 2)
+    exponents   codes: False: each group has a scale (float16) and a middle (uint8) as in `round_groups`; True: a scale
+                alone, a power of two, int8 e, and a code means (code - 2^(bits - 1)) * 2^(e - bits + 2)
     by_channel  a row of elements is a channel's of all tokens, as exact keys have them; else a token's of all channels
     """
 
@@ -110,15 +115,18 @@ def round_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     last dimension: asymmetric rounding to nearest (KIVI, section 3.1), scales and middles rounded first.
 
     KIVI keeps a group's least number beside its scale; here the middle of what its codes can mean is kept in a byte
-    (`encode_middles`). Codes are rounded to what that makes of them, so nothing is wrong by more than half a scale; far
-    off zero, where middles are coarse, the scale leaves room for that.
+    (`encode_middles`, in grains). Codes are rounded to what that makes of them. Where a middle may be off by more than
+    half a code, the scale is made larger by as much: by a tenth for 4 bits four spreads off zero, by a third eight off,
+    for 8 bits by twice that. So nothing is wrong by more than half a scale, and what rounding the scale itself adds: at
+    the ends 2^bits / 4096 of it, and more where it is below 6e-5, half precision's least ordinary number.
     """
     least, most = x.amin(-1), x.amax(-1)
     grain, levels = grain_of(bits), 2**bits - 1
     middle, spread = (least + most) / 2, most - least
-    far = middle.abs() / (3900 * grain)
+    far = middle.abs() / (FARTHEST * grain)
     narrow = (spread / levels).maximum(far)
-    exponents = torch.frexp(torch.where(narrow > 0, middle.abs() / narrow / grain, 0.0) + 16).exponent
+    exponents = torch.frexp(torch.where(narrow > LEAST_SCALE, middle.abs() / narrow / grain, 0.0) + 16).exponent
+    # The codes between neighbouring middles, but for the one that rounding codes to nearest allows.
     slack = (torch.ldexp(torch.full_like(spread, grain), exponents - 5) - 1).clamp_min(0)
     scales = (spread / (levels - slack)).maximum(far).half()
     step = scales.float()
@@ -136,7 +144,7 @@ def restore_groups(codes: Tensor, scales: Tensor, middles: Tensor, bits: int) ->
 
 def encode_middles(x: Tensor) -> Tensor:
     """The nearest numbers that a byte tells, uint8: a sign, three bits e and four bits m for ((16 + m) << e) - 16, up
-    to 3,952. Dense near zero, where most middles are, and never coarser than a sixteenth."""
+    to 3,952. Off by half at most up to 16, and beyond by at most a sixteenth of the number."""
     magnitude = x.abs() + 16
     exponents = torch.frexp(magnitude).exponent - 5
     codes = exponents * 16 + torch.ldexp(magnitude, -exponents).round() - 16

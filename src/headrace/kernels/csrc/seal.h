@@ -10,6 +10,8 @@ namespace {
 
 using namespace headrace;
 
+constexpr float FARTHEST = 3900, LEAST_SCALE = 1e-30f;  // as in vectors.py
+
 inline half to_half(float value) {
     half result;
 #if defined(__F16C__)
@@ -52,19 +54,19 @@ inline float to_float(bf16 value) {
     return result;
 }
 
-// How far apart a group's codes are, and where their middle is: round_groups in vectors.py says why so.
+// How far apart a group's codes are, and where their middle is, in the steps of round_groups (vectors.py).
 inline void choose_grid(float least, float most, int64_t bits, half& scale, uint8_t& middle) {
     const float grain = grain_of(bits), levels = (float)((1 << bits) - 1);
-    float middle_of = (least + most) / 2, spread = most - least, far = std::fabs(middle_of) / (3900 * grain);
+    float centre = (least + most) / 2, spread = most - least, far = std::fabs(centre) / (FARTHEST * grain);
     float narrow = std::max(spread / levels, far);
-    int exponent = 0;
-    if (narrow > 0) std::frexp(std::fabs(middle_of) / narrow / grain + 16, &exponent);
+    int exponent = 5;
+    if (narrow > LEAST_SCALE) std::frexp(std::fabs(centre) / narrow / grain + 16, &exponent);
     float slack = std::max(std::ldexp(grain, exponent - 5) - 1, 0.0f);
     scale = to_half(std::max(spread / (levels - slack), far));
-    float step = to_float(scale), place = step > 0 ? middle_of / step / grain : 0, magnitude = std::fabs(place) + 16;
+    float step = to_float(scale), in_grains = step > 0 ? centre / step / grain : 0, magnitude = std::fabs(in_grains) + 16;
     std::frexp(magnitude, &exponent);
     float code = (float)(exponent - 5) * 16 + std::nearbyint(std::ldexp(magnitude, 5 - exponent)) - 16;
-    middle = (uint8_t)((code < 127 ? (int)code : 127) | (place < 0 ? 128 : 0));
+    middle = (uint8_t)((code < 127 ? (int)code : 127) | (in_grains < 0 ? 128 : 0));
 }
 
 // Rows of 32 numbers, each with a scale and a middle of its own, as words: row i * codes + k of a word row i is its k-th code.

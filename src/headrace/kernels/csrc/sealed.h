@@ -1,5 +1,5 @@
 // Sealed blocks: keys and values as codes of 2, 4 or 8 bits, after KIVI (arXiv 2402.02750, section 3): keys share a scale and a
-// middle by channel over 32 tokens, values by token over 32 channels; how they mean a number says vectors.py. Nothing is
+// middle by channel over 32 tokens, values by token over 32 channels; vectors.py says what they mean. Nothing is
 // unpacked into memory: scales go into the queries and the softmax weights, middles into one number a row, and codes become
 // floats in registers, or are multiplied as whole numbers (sealed_integers.h).
 //

@@ -1,7 +1,7 @@
 // Sealed blocks where the processor has no products of bfloat16: queries and softmax weights, times their scales, are rounded
 // to whole numbers beside one number a row and unit, of 8 bits for codes of at most 4 and of 16 for codes of 8, and codes are
 // multiplied as the whole numbers that they are. What rounding leaves of a row counts as if it met the middle code: small
-// weights, all rounded to nothing, would otherwise pull what they weigh to its least. Each product is wrong by 1/254 of the
+// weights, all rounded to nothing, would otherwise pull what they weigh to its least code. Each product is wrong by 1/254 of the
 // row's largest at most, where a code of 4 bits is by 1/30; with 16 bits by 1/32766.
 #pragma once
 

@@ -31,7 +31,7 @@ inline void spread(const char* row, int64_t bits, int64_t count, float* x) {
     else spread_codes<2>(row, count, x);
 }
 
-// What codes are multiplied by, and what they count from. From the start of a block's scales.
+// What codes are multiplied by, and what is added to them before. From the start of a block's scales.
 struct Scales {
     const char* data;
     int64_t count, bits;
@@ -45,7 +45,7 @@ struct Scales {
     }
     vf step(int64_t i) const { return splat(steps(i, 1)[0]); }
 
-    // What a code of 0 counts, likewise: codes with exponents have no middle of their own.
+    // What is added to codes before, likewise: those with exponents have no middle of their own.
     vf starts(int64_t i, int64_t n = W) const {
         if (exponents) return splat(-(float)(1 << (bits - 1)));
         return load_middles((const uint8_t*)data + 2 * count + i, n) * grain_of(bits) - (float)((1 << bits) - 1) / 2;

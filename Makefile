@@ -30,7 +30,7 @@ run: .make/package
 	$(VENV)/headrace run examples/pile.jsonl -o results.jsonl
 	@echo "answers: results.jsonl, report: results.jsonl.report.json"
 
-# Most tests keep one core busy: two processes take half the time, if torch starts no threads beside them.
+# Most tests keep one core busy: two processes take 60 % of the time, if torch starts no threads beside them.
 test: .make/dev
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest --numprocesses 2 --dist worksteal
 

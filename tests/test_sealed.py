@@ -165,7 +165,7 @@ def test_what_lies_before_the_beginning_is_not_read(sealed: bool) -> None:
 
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
 def test_small_weights_beside_a_large_one_do_not_pull_values_to_their_least_code(instruction_set: str) -> None:
-    """One token has 0.955 of the attention and 31 of its unit 0.0014 each, less than 8 bits tell beside it. Without$
+    """One token has 0.955 of the attention and 31 of its unit 0.0014 each, less than 8 bits tell beside it. Without
     what they weigh counted at the middle code, half of the outputs would be wrong by 0.089."""
     keys, values = torch.zeros(65, 64), torch.ones(65, 64)
     keys[0, 0], keys[32:, 0] = 6.5, -20

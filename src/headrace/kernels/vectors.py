@@ -131,15 +131,18 @@ def round_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     scales = (spread / (levels - slack)).maximum(far).half()
     step = scales.float()
     middles = encode_middles(torch.where(step > 0, middle / step / grain, 0.0))
-    starts = decode_middles(middles) * grain - levels / 2
-    places = torch.where(step[..., None] > 0, x / step[..., None] - starts[..., None], 0.0)
+    places = torch.where(step[..., None] > 0, x / step[..., None] - find_starts(middles, bits)[..., None], 0.0)
     return places.clamp(0, levels).round().long(), scales, middles
 
 
 def restore_groups(codes: Tensor, scales: Tensor, middles: Tensor, bits: int) -> Tensor:
     """The numbers, float32, of codes in any order; their scales and middles are laid out so that they broadcast."""
-    numbers: Tensor = (codes + (decode_middles(middles) * grain_of(bits) - (2**bits - 1) / 2)) * scales.float()
-    return numbers
+    return (codes + find_starts(middles, bits)) * scales.float()
+
+
+def find_starts(middles: Tensor, bits: int) -> Tensor:
+    """What is added to codes before they are multiplied by the scale, float32."""
+    return decode_middles(middles) * grain_of(bits) - ((1 << bits) - 1) / 2
 
 
 def encode_middles(x: Tensor) -> Tensor:
@@ -151,9 +154,9 @@ def encode_middles(x: Tensor) -> Tensor:
     return (codes.clamp_max(127) + 128 * (x < 0)).to(torch.uint8)
 
 
-def decode_middles(bytes_: Tensor) -> Tensor:
+def decode_middles(encoded: Tensor) -> Tensor:
     """The numbers of `encode_middles`, float32."""
-    codes = bytes_.int()
+    codes = encoded.int()
     magnitude = (16 + (codes & 15) << (codes >> 4 & 7)) - 16
     return torch.where(codes > 127, -magnitude, magnitude).float()
 

@@ -87,9 +87,9 @@ void seal_rows(const uint32_t* lanes, int64_t stride, int64_t rows, int64_t bits
                 least = v ? minimum(least, x[v]) : x[v], most = v ? maximum(most, x[v]) : x[v];
             }
             choose_grid(-largest(-least), largest(most), bits, scales[row], middles[row]);
-            float step = to_float(scales[row]), begin = load_middles(middles + row, 1)[0] * grain_of(bits) - levels / 2;
+            float step = to_float(scales[row]), start = load_starts(middles + row, bits, 1)[0];
             for (int v = 0; v < V; v++) {
-                vf level = step > 0 ? x[v] / step - begin : splat(0.0f);
+                vf level = step > 0 ? x[v] / step - start : splat(0.0f);
                 // Adding 1.5 * 2^23 leaves the nearest whole number in the lowest bits.
                 vu code = (vu)(minimum(maximum(level, splat(0.0f)), splat(levels)) + 12582912.0f) & 0xff;
                 int shift = (int)(place % 2 * 16 + place / 2 * plane_bits);

@@ -36,11 +36,16 @@ struct UnitShape {
 inline float grain_of(int64_t bits) { return (float)(1 << bits) / 256; }
 
 // The middles of W neighbouring groups, or of the first n, from their bytes: see `encode_middles` in vectors.py.
-inline vf load_middles(const uint8_t* p, int64_t n = W) {
+inline vf load_middles(const uint8_t* p, int64_t n) {
     vi bytes = widen(p, n);
     // Three bits of exponent and four of mantissa have their places in a float from 16 on.
     vf magnitude = (vf)(((vu)(bytes & 0x7f) << 19) + (131u << 23)) - 16.0f;
     return (vf)((vu)magnitude | (vu)(bytes & 0x80) << 24);
+}
+
+// What is added to such groups' codes of so many bits before they are multiplied by the scale.
+inline vf load_starts(const uint8_t* middles, int64_t bits, int64_t n = W) {
+    return load_middles(middles, n) * grain_of(bits) - (float)((1 << bits) - 1) / 2;
 }
 
 // The scales and middles of neighbouring numbers, of a unit's keys or of a group of its values.
@@ -51,7 +56,7 @@ struct Grid {
 
     vf scale(int64_t i) const { return load(scales + i); }
     // What a code of 0 means.
-    vf least(int64_t i) const { return scale(i) * (load_middles(middles + i) * grain_of(bits) - (float)((1 << bits) - 1) / 2); }
+    vf least(int64_t i) const { return scale(i) * load_starts(middles + i, bits); }
 };
 
 inline Grid key_grid(const char* unit, const UnitShape& shape) {

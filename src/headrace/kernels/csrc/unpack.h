@@ -48,7 +48,7 @@ struct Scales {
     // What is added to codes before, likewise: those with exponents have no middle of their own.
     vf starts(int64_t i, int64_t n = W) const {
         if (exponents) return splat(-(float)(1 << (bits - 1)));
-        return load_middles((const uint8_t*)data + 2 * count + i, n) * grain_of(bits) - (float)((1 << bits) - 1) / 2;
+        return load_starts((const uint8_t*)data + 2 * count + i, bits, n);
     }
     vf start(int64_t i) const { return splat(starts(i, 1)[0]); }
 };

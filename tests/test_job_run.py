@@ -32,6 +32,7 @@ from headrace.job.sources import JsonLines, Row
 from headrace.job.stop import JobStopped
 from headrace.llm import LLM
 from headrace.meter.counters import Counters
+from headrace.meter.meter import Phase
 from headrace.options import RunOptions, SamplingOptions
 from headrace.schedule.planned import Planned
 
@@ -242,16 +243,23 @@ def test_quiet_prints_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest.C
 def test_time_to_go_weighs_rows_by_their_tokens() -> None:
     flow = Flow(rows=40, prompt_tokens=4000, output_tokens=100)
     state = State(rows_total=100, rows_done=30, errors=0, rows_before=20, flow=flow)
-    # 80 rows of 100 prompt tokens, of which 3,000 are done; of 10 output tokens, of which 300 are done; in 33 s.
-    assert estimate_rest(state, 3000, 300, 33.0) == (8000 - 3000 + 800 - 300) / 3300 * 33
-    assert estimate_rest(State(100, 20, 0, 20, flow), 3000, 300, 3.0) is None
-    assert estimate_rest(State(100, 60, 40, 20), 0, 0, 4.0) == 4.0
-    assert estimate_rest(State(30, 30, 0, 20, Flow(10, 1000, 100)), 1000, 100, 4.0) == 0.0
+    phases = {"prefill": Phase(seconds=6.0), "decode": Phase(seconds=24.0)}
+    # 80 rows of 100 prompt tokens, of which 3,000 took 6 s; of 10 output tokens, of which 300 took 24 s. A tenth of the
+    # run passed between steps.
+    assert estimate_rest(state, phases, 3000, 300, 33.0) == round((5000 / 3000 * 6 + 500 / 300 * 24) * 1.1, 1)
+    assert estimate_rest(State(100, 20, 0, 20, flow), phases, 3000, 300, 33.0) is None
+    none = {"prefill": Phase(), "decode": Phase()}
+    assert estimate_rest(State(100, 60, 40, 20), none, 0, 0, 4.0) == 4.0
+    assert estimate_rest(State(30, 30, 0, 20, Flow(10, 1000, 100)), phases, 1000, 100, 33.0) == 0.0
     # Short rows are done first: those that are left have generated more than rows did on average, and are not done.
-    assert estimate_rest(State(30, 10, 0, 0, Flow(30, 3000, 100)), 3000, 1000, 4.0) == (20 * 10 / 2) / 4000 * 4
+    last = State(30, 10, 0, 0, Flow(30, 3000, 100))
+    assert estimate_rest(last, phases, 3000, 1000, 33.0) == round((20 * 10 / 2) / 1000 * 24 * 1.1, 1)
+    # Prompts alone: scores, or answers of one token.
+    alone = {"prefill": Phase(seconds=6.0), "decode": Phase()}
+    assert estimate_rest(State(100, 50, 0, 0, Flow(100, 1000, 0)), alone, 600, 0, 6.0) == 4.0
     counters = Counters(computed_prompt_tokens=2250, cached_prompt_tokens=750, output_tokens=300)
     counters.kv_used_bytes, counters.kv_budget_bytes = 2**20, 2**21
-    assert format_progress(measure(state, counters, 33.0)) == (
+    assert format_progress(measure(state, counters, phases, 33.0)) == (
         "30/100 rows (30%), 0 errors | 91 prompt + 9 output tokens/s | 25% of prompts cached | "
         "KV 1.0 MiB of 2.0 MiB | 33.0 s, 55.0 s to go"
     )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import mmap
 import os
 import random
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from page_cache import drop_from_memory, list_in_memory
 from store_killer import make_key
 
 from headrace.cache.store import ENTRY_BYTES, BlockStore
@@ -69,6 +72,25 @@ def test_records_come_back_after_reopening_and_the_least_recently_used_went(tmp_
     assert (again.counts.blocks_read, again.counts.bytes_read, again.counts.blocks_written) == (3, 3 * RECORD, 2)
     again.close()
     again.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system cannot be asked to read ahead")
+def test_what_is_prefetched_is_in_memory_soon_and_nothing_else(tmp_path: Path) -> None:
+    size = 300_000
+    store = BlockStore(tmp_path, "blocks", size, 1 << 30)
+    for number in range(9):
+        store.put(make_key(number), memoryview(random.Random(number).randbytes(size)))
+    path = tmp_path / "blocks.blocks"
+    drop_from_memory(path)
+    store.prefetch([make_key(5), make_key(77)])
+    pages = range(5 * size // mmap.PAGESIZE + 1, 6 * size // mmap.PAGESIZE)
+    patience = time.monotonic() + 60
+    while not all(list_in_memory(path)[page] for page in pages) and time.monotonic() < patience:
+        time.sleep(0.01)
+    found = list_in_memory(path)
+    assert all(found[page] for page in pages)
+    assert not any(found[: pages[0] - 70]) and not any(found[pages[-1] + 70 :])
+    store.close()
 
 
 def test_any_order_of_uses_gives_right_bytes_and_keeps_the_bound(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from jobs import batch_rows, engine_options, run, without_times, write_lines
+from page_cache import drop_from_memory, list_in_memory
 from tiny import make_tiny_model
 
 from headrace import LLM, RequestOutput, SamplingParams
@@ -84,6 +85,27 @@ def test_a_second_run_restores_what_the_first_computed(
         assert counters.kv_store.blocks_written <= 0.1 * stored
         assert restored(again) > 0 and counters.kv_store.blocks_refused == 0
         assert counters.computed_prompt_tokens < (0.6 if second.get("kv_cache_bytes") else 0.3) * computed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system cannot be asked to read ahead")
+def test_the_disk_reads_what_the_next_wants_while_others_compute(models: dict[str, Path], tmp_path: Path) -> None:
+    source = random.Random(0)
+    prompts = [[source.randrange(3, 300) for _ in range(400)] for _ in range(24)]
+    with open_model(models["plain"], tmp_path, schedule="fcfs", max_sequences=1) as first:
+        first.generate(prompts, SamplingParams(max_tokens=2))
+    (blocks,) = tmp_path.glob("*.blocks")
+    drop_from_memory(blocks)
+    with open_model(models["plain"], tmp_path, max_sequences=1) as again:
+        for name, prompt in (("runs", prompts[0]), ("waits", prompts[-1])):
+            again.engine.add(Request(name, tuple(prompt), PARAMS))
+        again.engine.step()
+        assert again.engine.waiting == 1
+        # Records lie in the order of their computation: what the two want is at the ends.
+        patience = time.monotonic() + 60
+        while not (found := list_in_memory(blocks))[0] & found[-1] and time.monotonic() < patience:
+            time.sleep(0.01)
+        share = len(found) // len(prompts)
+        assert all(found[: share // 2]) and all(found[-share // 2 :]) and not any(found[8 * share : -8 * share])
 
 
 @pytest.mark.parametrize("kv", sorted(POLICIES))

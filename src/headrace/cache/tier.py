@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,15 +24,19 @@ from headrace.core import Chunk, Sequence
 
 # Sequences whose keys are remembered; those of others are made again.
 MOST_TRACKS = 1024
+# Waiting sequences whose blocks the disk reads ahead.
+MOST_AHEAD = 16
 GROUP_BYTES = 4
 
 
 @dataclass(slots=True)
 class Track:
-    """What the tier knows of a sequence: its nodes' keys so far, and how many of its nodes have been saved."""
+    """What the tier knows of a sequence: its nodes' keys so far, how many of its nodes have been saved, and how many it
+    has asked the disk for, None before it has."""
 
     keys: list[bytes] = field(default_factory=list)
     saved: int = 0
+    asked: int | None = None
 
 
 class Tier:
@@ -41,8 +46,9 @@ class Tier:
     sequence stood: where it was admitted, and the last full block of each chunk. From there one can go on.
 
     Blocks come back whole and before the step that uses them: a step computes all layers of its tokens, so the first
-    layer needs its bytes at once, and a copy takes a small part of what computing takes. What came back is in the
-    prefix tree like what was computed, so a plan finds it there; plans themselves know nothing of stores.
+    layer needs its bytes at once, and a copy takes a small part of what computing takes. The disk has read them by
+    then, while the steps before were computed (`prefetch`). What came back is in the prefix tree like what was
+    computed, so a plan finds it there; plans themselves know nothing of stores.
     """
 
     def __init__(self, store: BlockStore, ledger: KVLedger, arena: Tensor, root: bytes, identity: str = "") -> None:
@@ -64,13 +70,28 @@ class Tier:
 
         What came back cannot be evicted before the next `ledger.expire`, unless somebody who runs needs its room.
         """
-        ledger, taken = self.ledger, 0
+        ledger, taken, sequences = self.ledger, 0, list(sequences)
+        self.prefetch(sequences)
         for sequence in sequences:
             hit = ledger.match(sequence)
             depth, most = len(hit.nodes), (room - taken) // len(ledger.layout.groups)
             if hit.extensible and self._restore(sequence, depth, most) > depth:
                 taken += sum(map(len, ledger.hit_blocks(ledger.match(sequence).nodes)))
         return taken
+
+    def prefetch(self, sequences: Iterable[Sequence]) -> None:
+        """Have the disk read what the store has of those who will be let in next, each of them once.
+
+        No more is on its way than may come back before a step, beside what the last of them needs.
+        """
+        room = self.ledger.keeps.most_blocks
+        for sequence in islice(sequences, MOST_AHEAD):
+            track = self._track(sequence)
+            if track.asked is None:
+                track.asked = self._ask(sequence)
+            room -= track.asked * len(self.ledger.layout.groups)
+            if room <= 0:
+                return
 
     def save(self, scheduled: Iterable[tuple[Chunk, Sequence]]) -> None:
         """Copy what these chunks have filled to the store. To be called before any of their blocks is released."""
@@ -103,6 +124,18 @@ class Tier:
         ledger.release(sequence)
         sequence.computed = 0
         return depth
+
+    def _ask(self, sequence: Sequence) -> int:
+        """Ask for the nodes behind a sequence's hit, up to the first that the store does not have; how many."""
+        hit, most = self.ledger.match(sequence), self.ledger.count_sharable(sequence)
+        if not hit.extensible:
+            return 0
+        depth = len(hit.nodes)
+        for place, key in enumerate(self._keys(sequence, most)[depth:most]):
+            if any(name_block(key, group) not in self.store for group in self.ledger.full_groups):
+                return place
+            self.store.prefetch(name_block(key, group) for group in range(len(self.ledger.layout.groups)))
+        return most - depth
 
     def _reach(self, sequence: Sequence, depth: int, most: int) -> int:
         """Behind how many nodes the sequence could start, if it can start behind `depth` of them without the store."""

@@ -103,6 +103,7 @@ class Engine:
             if not plan.chunks:
                 return []
             apply(plan, self.state)
+            self._prefetch()
             scheduled = [(chunk, self.state.find(chunk.sequence)) for chunk in plan.chunks]
             batch = build_batch(scheduled, self.cache.layout, self.cache.device)
             pieces = describe_pieces(scheduled, self.cache.layout, self.state.ledger.pool.references)
@@ -206,6 +207,12 @@ class Engine:
             room -= taken
             plan = plan_step(state, state.limits)
         return plan
+
+    def _prefetch(self) -> None:
+        """Have the disk read, while this step is computed, what those who wait will want."""
+        if self.cache.tier is not None:
+            with self.meter.watch.part("files"):
+                self.cache.tier.prefetch(self.state.waiting)
 
     def _save(self, scheduled: Rows[tuple[Chunk, Sequence]]) -> None:
         """Copy the blocks that this step has filled to disk."""

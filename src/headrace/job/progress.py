@@ -18,10 +18,14 @@ from rich.text import Text
 
 from headrace.job.feed import Flow
 from headrace.meter.counters import Counters
+from headrace.meter.meter import Meter, Phase
 from headrace.meter.report import format_bytes, format_report, format_seconds
 from headrace.plan.words import describe_forecast
 
 PLAIN_SECONDS, LIVE_SECONDS = 5.0, 0.25
+
+# What prompts and outputs took, by the names that the meter gives them.
+Phases = Mapping[str, Phase]
 
 
 @dataclass(slots=True)
@@ -88,14 +92,14 @@ class Progress:
         else:
             self.say(describe_forecast(found))
 
-    def update(self, counters: Counters, last: bool = False) -> None:
+    def update(self, counters: Counters, meter: Meter, last: bool = False) -> None:
         """Show the state if it is time to."""
         now = time.monotonic()
         wait = LIVE_SECONDS if self._live is not None else PLAIN_SECONDS
         if (now - self._shown < wait and not last) or (self._quiet and not self._json):
             return
         self._shown = now
-        facts = measure(self.state, counters, now - self._began)
+        facts = measure(self.state, counters, meter.phases, now - self._began)
         if self._json:
             print_json({"event": "progress", **facts})
         elif self._live is not None:
@@ -114,7 +118,7 @@ def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value), flush=True)
 
 
-def measure(state: State, counters: Counters, seconds: float) -> dict[str, Any]:
+def measure(state: State, counters: Counters, phases: Phases, seconds: float) -> dict[str, Any]:
     """What a progress line says. `eta_s` weighs rows by their tokens; None until a row has been finished."""
     elapsed = max(seconds, 1e-9)
     prompt_tokens = counters.cached_prompt_tokens + counters.computed_prompt_tokens
@@ -126,27 +130,30 @@ def measure(state: State, counters: Counters, seconds: float) -> dict[str, Any]:
         "kv_used_bytes": counters.kv_used_bytes,
         "kv_budget_bytes": counters.kv_budget_bytes,
         "elapsed_s": round(seconds, 1),
-        "eta_s": estimate_rest(state, prompt_tokens, counters.output_tokens, seconds),
+        "eta_s": estimate_rest(state, phases, prompt_tokens, counters.output_tokens, seconds),
     }
 
 
-def estimate_rest(state: State, prompt_tokens: int, output_tokens: int, seconds: float) -> float | None:
-    """Seconds to go: the tokens to come at the speed until now, given the tokens done in this run and its seconds.
+def estimate_rest(state: State, phases: Phases, prompt_tokens: int, output_tokens: int, seconds: float) -> float | None:
+    """Seconds to go, given the tokens done in this run, what they took, and the run's seconds.
 
-    Prompts that were read are known, the others are taken to be as long as their mean; outputs to be as long as the
-    mean of the finished rows, and where those that are left are longer already, to take half as much again. Rows that
-    need no engine count as rows without tokens, on both sides.
+    Prompt tokens to come are taken to cost what those before did, found in the cache or not, output tokens too; what
+    passed between steps is shared out alike. Prompts that were read are known, the others are taken to be as long as
+    their mean; outputs to be as long as the mean of the finished rows, and where those that are left are longer
+    already, to take half as much again. Rows that need no engine count as rows without tokens, on both sides.
     """
     flow, done, left = state.flow, state.rows_done - state.rows_before, state.rows_total - state.rows_done
     if done < 1:
         return None
-    if prompt_tokens == 0:
+    prefill, decode = phases["prefill"].seconds, phases["decode"].seconds
+    if prefill + decode == 0:
         return round(seconds / done * left, 1)
     rows = state.rows_total - state.rows_before
-    all_prompts = flow.prompt_tokens / max(1, flow.rows) * rows
+    prompts = max(0.0, flow.prompt_tokens / max(1, flow.rows) * rows - prompt_tokens)
     output = flow.output_tokens / done
-    to_come = max(0.0, all_prompts - prompt_tokens) + max(output * rows - output_tokens, output * left / 2)
-    return round(to_come / (prompt_tokens + output_tokens) * seconds, 1)
+    outputs = max(output * rows - output_tokens, output * left / 2)
+    to_come = prompts / max(1, prompt_tokens) * prefill + outputs / max(1, output_tokens) * decode
+    return round(to_come / (prefill + decode) * seconds, 1)
 
 
 def format_progress(facts: Mapping[str, Any]) -> str:

@@ -118,8 +118,8 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
                 count(finished, work, progress.state)
                 for each in finished:
                     tell(each, names, llm.model_name, progress)
-            progress.update(engine.counters)
-        progress.update(engine.counters, last=True)
+            progress.update(engine.counters, engine.meter)
+        progress.update(engine.counters, engine.meter, last=True)
         work.run_seconds, work.shared = progress.seconds, feed.flow.shared
         # The last window is not full.
         work.windows = inlet.window.filled + inlet.window.filling

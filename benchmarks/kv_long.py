@@ -5,7 +5,8 @@
 FOLDER is a model as Hugging Face has it; its config is copied with linear scaling of the rotation, so what is
 generated is worth nothing. Prompts are random token ids. Each policy runs in a process of its own. Prints a Markdown
 table: the median of a step that computes one token of each sequence, and memory once the prompts are computed: fast is
-what the policy holds of the arena and beside it, slow is on disk. Run it with nothing else running.
+what the sequences hold of the arena, in which all is that a policy has in memory; slow is what lies in files. Run it
+with nothing else running.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace import LLM, SamplingParams
+from headrace.cache.policies.base import Remembering
 from headrace.core import Request
 
 
@@ -52,14 +54,10 @@ def run_policy(options: argparse.Namespace) -> dict[str, float]:
             if len(running) == options.sequences and all(each.computed > each.prompt_length for each in running):
                 prefill = prefill or start - began
                 steps.append(time.perf_counter() - start)
-                arena = engine.state.ledger.used_blocks * engine.cache.layout.block_bytes
-                beside = getattr(engine.cache.policy, "count_bytes", lambda: {"fast": 0, "slow": 0})()
-        return {
-            "prefill": prefill,
-            "step": statistics.median(steps),
-            "fast": arena + beside["fast"],
-            "slow": beside["slow"],
-        }
+                fast = engine.state.ledger.used_blocks * engine.cache.layout.block_bytes
+                policy = engine.cache.policy
+                slow = policy.count_bytes() if isinstance(policy, Remembering) else 0
+        return {"prefill": prefill, "step": statistics.median(steps), "fast": fast, "slow": slow}
 
 
 def main() -> None:

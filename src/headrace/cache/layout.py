@@ -53,18 +53,33 @@ class SlidingGroup(NamedTuple):
         return min(-(-length // self.block_size), (self.window + chunk - 3) // self.block_size + 2 + self.first)
 
 
+class Summary(NamedTuple):
+    """What a policy keeps instead of tokens that go, in whole blocks of those that the sequence holds: in each layer so
+    many bytes for a token of its prompt, and so many for the sequence. block_bytes: what a block has for a layer."""
+
+    token_bytes: int
+    sequence_bytes: int
+    block_bytes: int
+
+    def count_blocks(self, prompt: int) -> int:
+        """Blocks that it takes in each group."""
+        return -(-(prompt * self.token_bytes + self.sequence_bytes) // self.block_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class Shrink:
     """When a sequence is made smaller in the cache, and how much of it stays; which tokens is the policy's matter.
 
     It is once its prompt is computed, and where `every` is not 0 then again at each length that is a multiple of it.
     keep: a share of its tokens if below 1, else so many tokens; only whole blocks are dropped. The attention of the
-    last `queries` before that decides, None: of all since the last time.
+    last `queries` before that decides, None: of all since the last time. Without `every` there may be a summary of
+    what goes, whose blocks stay as well: where it would take more than it saves, nothing goes.
     """
 
     keep: float
     every: int = 0
     queries: int | None = 0
+    summary: Summary | None = None
 
     def count_kept(self, length: int) -> int:
         """Tokens that are to stay of so many."""
@@ -72,7 +87,8 @@ class Shrink:
 
     def count_dropped(self, length: int, block_size: int) -> int:
         """Blocks that a sequence of so many tokens has lost in all."""
-        return max(0, length - self.count_kept(length)) // block_size
+        summary = 0 if self.summary is None else self.summary.count_blocks(length)
+        return max(0, (length - self.count_kept(length)) // block_size - summary)
 
     def count_most(self, length: int, prompt: int, block_size: int) -> int:
         """Most tokens that are held until `length` are computed, of a prompt of so many if it is not complete yet."""

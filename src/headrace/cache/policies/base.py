@@ -60,6 +60,9 @@ class LayerStep:
 class KVPolicy(Protocol):
     """How keys and values are kept. Made once for an engine, used by its thread alone.
 
+    Whatever a policy keeps of a sequence from step to step in memory is in the blocks that the sequence holds by the
+    layout: so the KV budget, admission, forecasts and the judge count it. Beside them there may be files, no more.
+
     form             how sealed blocks lie in memory; None if nothing is sealed, or only the policy can read it
     residual         a query at position p reads the block of token p - residual + 1 and later ones exactly
     planes           numbers that exact blocks hold for each token and kv head beside its key and value
@@ -98,8 +101,12 @@ class Sealable(Protocol):
 
 @runtime_checkable
 class Remembering(Protocol):
-    """A policy that keeps something of a sequence beside the arena, by the sequence's number."""
+    """A policy that knows sequences by their numbers: where it has kept something of them, or a file."""
 
     def release(self, number: int) -> None:
         """The sequence has no blocks any more: it has ended, or will be computed anew."""
+        ...
+
+    def count_bytes(self) -> int:
+        """Bytes of the files that it has now beside the arena."""
         ...

@@ -5,12 +5,23 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from headrace.core import InputError
-from headrace.kernels.base import RaggedBatch
+from headrace.core import HeadraceError, InputError
+from headrace.kernels.base import LayerCache, RaggedBatch
+
+# File systems whose files are memory.
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+
+
+class NoRoom(HeadraceError):
+    """The disk has no room for what a step must keep there. Says how much, where, and what to do."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +36,43 @@ class Parted:
     batch: RaggedBatch
     sequences: Tensor
     alone: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRows:
+    """A layer's part of some exact blocks as rows of D numbers, one block's after the other's, for a policy to use as
+    it likes: no kernel may read them then.
+
+    rows    [all blocks, rows of a block, D], the layer's keys and values seen as rows
+    blocks  int64 [n], which of them
+    """
+
+    rows: Tensor
+    blocks: Tensor
+
+    @classmethod
+    def view(cls, cache: LayerCache, blocks: Tensor) -> BlockRows:
+        keys, size = cache.keys, cache.values.shape[3]
+        count = keys[0].numel() // size
+        if cache.values.data_ptr() != keys.data_ptr() + keys[0].nbytes:
+            raise ValueError("a block's values must follow its keys")
+        return cls(keys.as_strided((len(keys), 2 * count, size), (keys.stride(0), size, 1)), blocks)
+
+    def write(self, rows: Tensor) -> None:
+        """Write rows [m, D] from the first on; what is left is zero."""
+        whole = functional.pad(rows, (0, 0, 0, len(self.blocks) * self.rows.shape[1] - len(rows)))
+        self.rows[self.blocks] = whole.view(len(self.blocks), -1, whole.shape[1]).to(self.rows.dtype)
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Neighbouring rows [count, D]."""
+        size = self.rows.shape[1]
+        blocks = self.blocks[first // size : -(-(first + count) // size)]
+        return self.rows[blocks].flatten(0, 1)[first % size :][:count]
+
+    def pick(self, places: Tensor) -> Tensor:
+        """Rows [..., D] at these places, int64."""
+        size = self.rows.shape[1]
+        return self.rows[self.blocks[places // size], places % size]
 
 
 def find_owners(batch: RaggedBatch) -> Tensor:
@@ -64,16 +112,47 @@ def take_token(batch: RaggedBatch, sequence: int, row: int) -> RaggedBatch:
     )
 
 
-def map_file(folder: str, count: int, dtype: torch.dtype) -> Tensor:
-    """So many numbers in a file of that folder ("": the system's temporary one) that is gone when they are.
+def find_folder(folder: str) -> str:
+    """The folder for files that spare memory: the one that is named, or ("") the system's temporary one on a disk.
 
-    Raises InputError where there is no room for it.
+    Raises InputError for one that is not there, and for one whose files are memory themselves.
     """
+    if folder and not Path(folder).is_dir():
+        raise InputError(f"kv: folder {folder!r} is no folder")
+    choices = [folder] if folder else [tempfile.gettempdir(), "/var/tmp"]
+    for each in choices:
+        if Path(each).is_dir() and not lies_in_memory(each):
+            return each
+    raise InputError(
+        f"kv: files in {' and '.join(choices)} are memory themselves: name a folder on a disk, as in "
+        "shadowkv(folder='/data'), or count them as memory with shadowkv(slow='memory')"
+    )
+
+
+def lies_in_memory(folder: str) -> bool:
+    """Whether a folder's file system has no disk; one that the system says nothing of is taken to have one."""
+    device = os.stat(folder).st_dev
     try:
-        with tempfile.NamedTemporaryFile(dir=folder or None, prefix="headrace-") as file:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False  # no /proc on this system
+    for mount in mounts:
+        place, _, kind = mount.partition(" - ")
+        if place.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+            return kind.split()[0] in IN_MEMORY
+    return False
+
+
+def map_file(folder: str, count: int, dtype: torch.dtype) -> Tensor:
+    """So many numbers in a file of that folder that is gone when they are. Raises NoRoom where they do not fit."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="headrace-") as file:
             # Room is taken at once: memory of a file on a full disk could not say that it is full.
             os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     except OSError as error:
-        place = folder or tempfile.gettempdir()
-        raise InputError(f"kv: {count * dtype.itemsize} bytes of values cannot be kept in {place}: {error}") from None
+        raise NoRoom(
+            f"kv: {count * dtype.itemsize:,} bytes of a prompt's values cannot be kept in {folder}: "
+            f"{error.strerror or error}. Make room there and run the same command again; a job goes on after the rows "
+            "that it had finished. With another folder or slow='memory' it begins anew"
+        ) from None

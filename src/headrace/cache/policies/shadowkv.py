@@ -6,55 +6,91 @@ exact, and so do the newest tokens. An output token chooses chunks by their land
 values fetched. Here what it chose is written into blocks that the prompt keeps, so that the ordinary kernels read it
 together with the rest, in a loop over sequences; nothing is fetched while something else is computed.
 
-What is kept beside the arena is counted by `count_bytes` and is not within the KV budget; only the arena's blocks are.
+All of it that is in memory is in blocks that the prompt keeps, as rows of one head's size each:
+
+    dropped | landmarks, directions, coordinates, and values that are in memory | chosen | outliers, newest tokens
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from headrace.cache.layout import CacheLayout, Shrink
+from headrace.cache.layout import CacheLayout, Shrink, Summary
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
-from headrace.cache.policies.parameters import check_number
-from headrace.cache.policies.selecting import map_file, take_token
+from headrace.cache.policies.parameters import check_choice, check_number
+from headrace.cache.policies.selecting import BlockRows, find_folder, map_file, take_token
 from headrace.core import InputError
-from headrace.kernels.base import HeadSpec, SealedForm
+from headrace.kernels.base import HeadSpec, LayerCache, RaggedBatch, SealedForm
 from headrace.kernels.reference import read_blocks, rotate, take_head, write_slots
 
 CHUNK = 8
 
 
 @dataclass(frozen=True, slots=True)
-class LayerShadow:
-    """What stands for a prompt's first N tokens in one layer; in the cache's dtype but for `chunks`.
+class Shadow:
+    """A prompt's first n chunks: what stands for them is in blocks `begin` to `end` of its tables. values [layers, kv
+    heads, n, CHUNK, D] are those in a file, None where they are in the blocks too."""
 
-    coordinates  [N, rank] and
-    directions   [kv heads, rank, D], whose product is the keys before rotation
-    landmarks    [kv heads, n, D], means of the rotated keys of
-    chunks       int64 [kv heads, n], ascending: those that are not kept exact
+    begin: int
+    end: int
+    chunks: int
+    values: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowRows:
+    """One layer of a shadow of n chunks, as it lies in its blocks: rows of D numbers in the cache's dtype.
+
+    landmarks    [n, kv heads], means of rotated keys, marked where the chunk stays exact and is not to be chosen
+    directions   [kv heads, rank] and
+    coordinates  [n, rows], CHUNK * rank numbers of each chunk, whose product is the keys before rotation
+    values       [n, kv heads, CHUNK], unless they are in a file
     """
 
-    coordinates: Tensor
-    directions: Tensor
-    landmarks: Tensor
-    chunks: Tensor
+    rows: BlockRows
+    chunks: int
+    heads: int
+    rank: int
 
     @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.coordinates, self.directions, self.landmarks, self.chunks))
+    def size(self) -> int:
+        return self.rows.rows.shape[2]
 
+    def write(self, landmarks: Tensor, directions: Tensor, coordinates: Tensor, values: Tensor | None) -> None:
+        """landmarks [kv heads, n, D], directions [kv heads, rank, D], coordinates [N, rank], values [kv heads, n,
+        CHUNK, D]."""
+        joined = coordinates.view(self.chunks, -1)
+        padded = functional.pad(joined, (0, count_rows(self.rank, self.size) * self.size - joined.shape[1]))
+        parts = [landmarks.transpose(0, 1), directions, padded]
+        parts += [] if values is None else [values.transpose(0, 1)]
+        self.rows.write(torch.cat([part.reshape(-1, self.size) for part in parts]))
 
-@dataclass(slots=True)
-class Shadow:
-    """A sequence's prompt: its layers, and on the slow tier values [layers, kv heads, N / CHUNK, CHUNK, D]."""
+    def read_landmarks(self) -> Tensor:
+        """[kv heads, n, D]"""
+        return self.rows.read(0, self.chunks * self.heads).view(-1, self.heads, self.size).transpose(0, 1)
 
-    values: Tensor
-    layers: dict[int, LayerShadow] = field(default_factory=dict)
+    def restore_keys(self, chosen: Tensor) -> Tensor:
+        """Keys before rotation [kv heads, count * CHUNK, D] of chunks int64 [kv heads, count], each head its own."""
+        first, count = self.chunks * self.heads, self.heads * self.rank
+        directions = self.rows.read(first, count).view(self.heads, self.rank, self.size)
+        each = count_rows(self.rank, self.size)
+        places = first + count + chosen[..., None] * each + torch.arange(each, device=chosen.device)
+        coordinates = self.rows.pick(places).flatten(2)[..., : CHUNK * self.rank]
+        # In float32: few processors multiply bfloat16.
+        keys = coordinates.reshape(self.heads, -1, self.rank).float() @ directions.float()
+        return keys.to(directions.dtype)
+
+    def read_values(self, chosen: Tensor) -> Tensor:
+        """The same of values that are in memory: [kv heads, count, CHUNK, D]."""
+        first = self.chunks * (self.heads + count_rows(self.rank, self.size)) + self.heads * self.rank
+        heads, within = torch.arange(self.heads, device=chosen.device), torch.arange(CHUNK, device=chosen.device)
+        return self.rows.pick(first + ((chosen * self.heads + heads[:, None]) * CHUNK)[..., None] + within)
 
 
 class ShadowKV:
@@ -64,10 +100,19 @@ class ShadowKV:
     residual = 1
     planes: tuple[Plane, ...] = ()
 
-    def __init__(self, rank: int = 96, budget: int = 128, outliers: int = 3, local: int = 32, folder: str = "") -> None:
+    def __init__(
+        self,
+        rank: int = 96,
+        budget: int = 128,
+        outliers: int = 3,
+        local: int = 32,
+        slow: Literal["file", "memory"] = "file",
+        folder: str = "",
+    ) -> None:
         """rank: of the keys of all heads of a layer together. budget: prompt tokens that an output token chooses, each
         kv head its own, rounded up to whole blocks. outliers: chunks of 8 tokens that stay exact. local: the least of
-        a prompt's newest tokens that stay exact. folder: for the values; "" for the system's temporary one."""
+        a prompt's newest tokens that stay exact. slow: where values are. folder: of their files; "" for the system's
+        temporary one."""
         for name, value, low in (
             ("rank", rank, 1),
             ("budget", budget, 1),
@@ -75,32 +120,40 @@ class ShadowKV:
             ("local", local, 1),
         ):
             check_number("shadowkv", name, value, low, 1 << 20)
-        if folder and not Path(folder).is_dir():
-            raise InputError(f"kv shadowkv: folder {folder!r} is no folder")
-        self.rank, self.budget, self.outliers, self.local, self.folder = rank, budget, outliers, local, folder
+        check_choice("shadowkv", "slow", slow, ("file", "memory"))
+        if folder and slow != "file":
+            raise InputError("kv shadowkv: folder is for values in files; leave it out, or slow='memory'")
+        self.rank, self.budget, self.outliers, self.local = rank, budget, outliers, local
+        self.folder = find_folder(folder) if slow == "file" else None
         self._whole: list[int] = []
+        self._summary = Summary(0, 0, 1)
         self._shadows: dict[int, Shadow] = {}
 
     def arrange(self, shape: KVShape, block_size: int) -> CacheLayout:
         self._whole = [layer for layer, window in enumerate(shape.windows) if window is None]
         if not self._whole:
             raise InputError("every layer of this model has a sliding window: there is nothing to shrink; use kv plain")
-        layout = CacheLayout.from_windows(shape.windows, block_size, shape.count_layer_bytes(block_size))
+        exact = shape.count_layer_bytes(block_size)
+        self._summary = self._summarise(shape, exact)
+        if self._summary.token_bytes * block_size >= exact:
+            raise InputError(
+                f"kv shadowkv: keys of rank {self.rank} and values in memory take no less than plain keys and values: "
+                "lower the rank, or leave out slow='memory'"
+            )
+        layout = CacheLayout.from_windows(shape.windows, block_size, exact)
         kept = self._count_kept(block_size) + self.local
-        return replace(layout, shares_prefixes=False, shrink=Shrink(kept))
+        return replace(layout, shares_prefixes=False, shrink=Shrink(kept, summary=self._summary))
 
     def attend(self, step: LayerStep) -> Tensor:
         batch = step.batch
         if step.spec.window is not None:
             return step.kernels.attention(step.queries, step.cache, replace(batch, begins=None), step.spec)
-        starts = batch.query_starts.tolist()
-        long = []
-        for sequence, number in enumerate(batch.numbers if batch.begins is not None else ()):
-            if number in self._shadows and int(batch.begins[sequence]):  # type: ignore[index]
-                if starts[sequence + 1] - starts[sequence] == 1:
-                    self._fetch(step, sequence, starts[sequence])
-                else:
-                    long.append(sequence)
+        batch, starts, long = self._skip(batch, step.cache), batch.query_starts.tolist(), []
+        for sequence in () if batch.begins is None else batch.begins.nonzero().flatten().tolist():
+            if starts[sequence + 1] - starts[sequence] == 1:
+                self._fetch(step, sequence, starts[sequence])
+            else:
+                long.append(sequence)
         output = step.kernels.attention(step.queries, step.cache, batch, step.spec)
         for sequence in long:
             # An output that is computed again, after a preemption: each token chooses for itself.
@@ -117,11 +170,17 @@ class ShadowKV:
         """A sequence has ended, or begins anew later: nothing of it is wanted any more."""
         self._shadows.pop(number, None)
 
-    def count_bytes(self) -> dict[str, int]:
-        """Bytes that are kept beside the arena now, by tier."""
-        shadows = self._shadows.values()
-        fast = sum(layer.nbytes for shadow in shadows for layer in shadow.layers.values())
-        return {"fast": fast, "slow": sum(shadow.values.nbytes for shadow in shadows)}
+    def count_bytes(self) -> int:
+        """Bytes of values that are in files now."""
+        return sum(shadow.values.nbytes for shadow in self._shadows.values() if shadow.values is not None)
+
+    def _summarise(self, shape: KVShape, block_bytes: int) -> Summary:
+        """Bytes that `ShadowRows` take in a layer; N tokens that have a shadow are no more than the prompt has."""
+        heads, size = shape.kv_heads, shape.head_size
+        rank = min(self.rank, heads * size)
+        rows = heads + count_rows(rank, size) + (CHUNK * heads if self.folder is None else 0)
+        row_bytes = size * shape.dtype.itemsize
+        return Summary(-(-rows * row_bytes // CHUNK), heads * rank * row_bytes, block_bytes)
 
     def _count_chosen(self, size: int) -> int:
         """Tokens that an output token chooses: their slots are whole blocks."""
@@ -131,60 +190,86 @@ class ShadowKV:
         """Slots of a prompt that are for what is chosen, and after that for outliers."""
         return self._count_chosen(size) + self.outliers * CHUNK
 
+    def _skip(self, batch: RaggedBatch, cache: LayerCache) -> RaggedBatch:
+        """The batch for kernels: what they read of a sequence begins after its shadow."""
+        if batch.begins is None:
+            return batch
+        begins = batch.begins.clone()
+        for sequence in begins.nonzero().flatten().tolist():
+            begins[sequence] = self._shadows[batch.numbers[sequence]].end * cache.keys.shape[3]
+        return replace(batch, begins=begins)
+
     def _keep(self, step: LayerStep, sequence: int) -> None:
         """A prompt ends here: take its shadow, and move its outliers to where they stay."""
         cache, batch, size = step.cache, step.batch, step.cache.keys.shape[3]
         assert batch.shrinks is not None and step.rope is not None
-        begin = int(batch.shrinks[sequence]) * size
-        count = begin + self._count_kept(size)
-        table = batch.block_tables[cache.group][sequence].long()
+        shadow = self._open(batch, sequence, cache)
+        count, table = shadow.chunks * CHUNK, batch.block_tables[cache.group][sequence].long()
         keys, values = (each[:, :count] for each in read_blocks(cache, table[: -(-count // size)]))
-        shadow = self._open(batch.numbers[sequence], values, cache.values.dtype)
-        chunked = values.view(len(values), -1, CHUNK, values.shape[2])
-        shadow.values[self._whole.index(step.layer)] = chunked.to(shadow.values)
-        landmarks = keys.view(chunked.shape).mean(2)
-        outliers, rest = part_outliers(keys.view(chunked.shape), landmarks, self.outliers)
+        chunked = [each.view(len(each), -1, CHUNK, each.shape[2]) for each in (keys, values)]
+        landmarks, heads = chunked[0].mean(2), torch.arange(len(keys), device=keys.device)[:, None]
+        outliers = find_outliers(chunked[0], landmarks, self.outliers)
         coordinates, directions = reduce_rank(keys, step.rope, self.rank)
-        dtype, heads = cache.keys.dtype, torch.arange(len(keys), device=keys.device)[:, None]
-        shadow.layers[step.layer] = LayerShadow(
-            coordinates.to(dtype), directions.to(dtype), landmarks[heads, rest].to(dtype), rest
-        )
-        exact = (each.view(chunked.shape)[heads, outliers].flatten(1, 2) for each in (keys, values))
-        write_slots(cache, table, begin + self._count_chosen(size), *exact)
+        landmarks[heads, outliers, 0] = torch.finfo(cache.keys.dtype).max
+        rows = self._view(cache, table, shadow, directions.shape[1])
+        rows.write(landmarks, directions, coordinates, chunked[1] if shadow.values is None else None)
+        if shadow.values is not None:
+            shadow.values[self._whole.index(step.layer)] = chunked[1].to(shadow.values)
+        exact = (each[heads, outliers].flatten(1, 2) for each in chunked)
+        write_slots(cache, table, shadow.end * size + self._count_chosen(size), *exact)
 
-    def _open(self, number: int, values: Tensor, dtype: torch.dtype) -> Shadow:
-        """The sequence's shadow, new at its prompt's first layer. values [kv heads, N, D]."""
-        heads, count, size = values.shape
-        shape = (len(self._whole), heads, count // CHUNK, CHUNK, size)
+    def _open(self, batch: RaggedBatch, sequence: int, cache: LayerCache) -> Shadow:
+        """The sequence's shadow, new at its prompt's first layer."""
+        number = batch.numbers[sequence]
         if number not in self._shadows:
-            self._shadows[number] = Shadow(map_file(self.folder, prod(shape), dtype).view(shape))
+            _, heads, _, size, _ = cache.keys.shape
+            begin = int(batch.shrinks[sequence])  # type: ignore[index]
+            end = begin + self._summary.count_blocks(int(batch.context_lengths[sequence]))
+            chunks = (end * size + self._count_kept(size)) // CHUNK
+            values, shape = None, (len(self._whole), heads, chunks, CHUNK, cache.values.shape[3])
+            if self.folder is not None:
+                values = map_file(self.folder, prod(shape), cache.values.dtype).view(shape)
+            self._shadows[number] = Shadow(begin, end, chunks, values)
         return self._shadows[number]
+
+    def _view(self, cache: LayerCache, table: Tensor, shadow: Shadow, rank: int) -> ShadowRows:
+        rows = BlockRows.view(cache, table[shadow.begin : shadow.end].long())
+        return ShadowRows(rows, shadow.chunks, cache.keys.shape[1], rank)
 
     def _fetch(self, step: LayerStep, sequence: int, row: int) -> None:
         """Write what a token chooses of its sequence's prompt into the slots that are for that."""
-        cache, batch, size = step.cache, step.batch, step.cache.keys.shape[3]
-        assert batch.begins is not None and step.rope is not None
-        shadow = self._shadows[batch.numbers[sequence]]
-        layer, values = shadow.layers[step.layer], shadow.values[self._whole.index(step.layer)]
+        cache, batch, (_, heads, _, size, _) = step.cache, step.batch, step.cache.keys.shape
+        assert step.rope is not None
+        shadow, table = self._shadows[batch.numbers[sequence]], batch.block_tables[cache.group][sequence]
+        rows = self._view(cache, table, shadow, min(self.rank, heads * cache.values.shape[3]))
         count = self._count_chosen(size)
-        chunks = choose_chunks(step.queries[row], layer, count // CHUNK, step.spec.scale)
-        blocks = batch.block_tables[cache.group][sequence, int(batch.begins[sequence]) // size :][: count // size]
-        within = torch.arange(CHUNK, device=chunks.device)
-        slots = (blocks.long()[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
-        for head, own in enumerate(chunks):
-            tokens = (own[:, None] * CHUNK + within).flatten()
-            keys = layer.coordinates[tokens] @ layer.directions[head]
-            fused = torch.stack([keys, values[head, own.to(values.device)].flatten(0, 1).to(keys.device)], 1)
-            rotation = step.rope[0][tokens], step.rope[1][tokens]
+        chosen = choose_chunks(step.queries[row], rows.read_landmarks(), count // CHUNK, step.spec.scale)
+        keys = rows.restore_keys(chosen)
+        if shadow.values is None:
+            values = rows.read_values(chosen)
+        else:
+            places = chosen.to(shadow.values.device)
+            own = torch.arange(heads, device=places.device)[:, None]
+            values = shadow.values[self._whole.index(step.layer), own, places].to(keys.device)
+        tokens = (chosen[..., None] * CHUNK + torch.arange(CHUNK, device=chosen.device)).flatten(1)
+        blocks = table[shadow.end :][: count // size].long()
+        slots = (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
+        for head in range(heads):
+            rotation = step.rope[0][tokens[head]], step.rope[1][tokens[head]]
+            fused = torch.stack([keys[head], values[head].flatten(0, 1)], 1)
             step.kernels.place_heads(fused, HeadSpec(), rotation, take_head(cache, head), slots)
 
 
-def part_outliers(chunks: Tensor, landmarks: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Which chunks of rotated keys [kv heads, n, CHUNK, D] have a key least like their landmark [kv heads, n, D], and
-    which are the others: int64 [kv heads, count] and [kv heads, n - count], ascending."""
+def count_rows(rank: int, size: int) -> int:
+    """Rows of so many numbers that the coordinates of a chunk take."""
+    return -(-CHUNK * rank // size)
+
+
+def find_outliers(chunks: Tensor, landmarks: Tensor, count: int) -> Tensor:
+    """Which chunks of rotated keys [kv heads, n, CHUNK, D] have a key least like their landmark [kv heads, n, D]: int64
+    [kv heads, count], ascending."""
     likeness = torch.cosine_similarity(chunks, landmarks[:, :, None], dim=-1).amin(2)
-    order = likeness.sort(dim=-1, stable=True).indices
-    return order[:, :count].sort(-1).values, order[:, count:].sort(-1).values
+    return likeness.sort(dim=-1, stable=True).indices[:, :count].sort(-1).values
 
 
 def reduce_rank(keys: Tensor, rope: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
@@ -204,10 +289,11 @@ def reduce_rank(keys: Tensor, rope: tuple[Tensor, Tensor], rank: int) -> tuple[T
     return (wide @ vectors).to(keys.dtype), directions.to(keys.dtype)
 
 
-def choose_chunks(queries: Tensor, layer: LayerShadow, count: int, scale: float) -> Tensor:
-    """The chunks whose landmarks queries [heads, D] attend to most, int64 [kv heads, count] ascending. A kv head's
-    chunks are chosen by the largest weight that any of its queries gives them."""
-    grouped = queries.float().reshape(len(layer.landmarks), -1, queries.shape[1])
-    weights = (grouped @ layer.landmarks.float().transpose(1, 2) * scale).softmax(-1).amax(1)
-    best = weights.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    return layer.chunks.gather(1, best.sort(-1).values)
+def choose_chunks(queries: Tensor, landmarks: Tensor, count: int, scale: float) -> Tensor:
+    """The chunks whose landmarks [kv heads, n, D] queries [heads, D] attend to most, int64 [kv heads, count] ascending,
+    but for marked ones. A kv head's chunks are chosen by the largest weight that any of its queries gives them."""
+    marked = landmarks[:, :, 0] == torch.finfo(landmarks.dtype).max
+    grouped = queries.float().reshape(len(landmarks), -1, queries.shape[1])
+    scores = grouped @ landmarks.float().transpose(1, 2) * scale
+    weights = scores.masked_fill(marked[:, None], -torch.inf).softmax(-1).amax(1).masked_fill(marked, -1)
+    return weights.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values

@@ -188,7 +188,16 @@ def test_room_is_what_a_hand_counts() -> None:
 def test_a_small_job_has_a_speed(llm: LLM) -> None:
     options = dataclasses.replace(llm.options, kv_cache_bytes=1 << 20)
     for kv in ("plain", "kivi(k=4, v=4)"):
-        assert measure_job(llm.engine.model, llm.tokenizer, options, kv, [[4] * 50, [7] * 60], 5) > 0
+        speed = measure_job(llm.engine.model, llm.tokenizer, options, kv, [[4] * 50, [7] * 60], 5)
+        assert speed is not None and speed > 0
+
+
+@pytest.mark.parametrize("memory", [1, (3 << 15) - 1, 3 << 15])
+def test_a_memory_that_is_too_small_for_one_prompt_gives_no_speed(llm: LLM, memory: int) -> None:
+    # 65 tokens in blocks of 32 KiB.
+    options = dataclasses.replace(llm.options, kv_cache_bytes=memory)
+    speed = measure_job(llm.engine.model, llm.tokenizer, options, "plain", [[4] * 20, [7] * 60], 5)
+    assert (speed is not None) == (memory == 3 << 15)
 
 
 def test_answers_of_the_plain_cache_are_those_of_score(llm: LLM) -> None:
@@ -277,6 +286,9 @@ def test_eval_kv_from_the_command_line(llm: LLM, tmp_path: Path, capsys: pytest.
     # 6 blocks of 32 KiB for 192 tokens.
     assert rows[0]["batch"] == (4 << 20) // (6 * 32 * 1024)
     assert page.read_text().count("<svg") == 3 and "kivi(k=2, v=2) at 128" in page.read_text()
+    assert main([*asked, "--contexts", "64", "--kv-cache-bytes", "195KB", "--job"]) == 0
+    cells = [line.split("|")[-3:-1] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [int(batch) for batch, _ in cells] == [0, 1] and cells[0][1].strip() == "-" < cells[1][1].strip()
     assert main([*asked, "--contexts", "64"]) == 0
     shown = capsys.readouterr().out
     assert "| plain " in shown and "+0.0000 ± 0.0000" in shown and "perplexity" in shown

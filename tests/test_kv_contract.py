@@ -8,17 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ragged import RaggedDriver
-from test_models import GEMMA, make_pair, make_text
 from tiny import make_tiny_model
 
 from headrace.cache.checks import check_ledger
-from headrace.cache.policies.base import KVShape
 from headrace.cache.policies.choice import POLICIES, make_policy
 from headrace.core import Chunk, InputError, SamplingParams, Sequence
 from headrace.engine.batch import build_batch
 from headrace.judge.driver import CacheDriver
-from headrace.kernels import choose_kernels
 from headrace.llm import LLM
 
 # By policy: settings that lose something on short texts, and settings that lose nothing.
@@ -40,6 +36,7 @@ EXAMPLES = {
 LOSSY = {name: examples[0] for name, examples in EXAMPLES.items()} | {
     "first": "kivi(k=2, v=2, first=50)",
     "sealed": "scissorhands(keep=0.5) + kivi(k=4, v=4)",
+    "pairs": "minicache(start=2, residual=64) + kivi(k=4, v=4)",
 }
 # Output too is made smaller again and again.
 AGAIN = {
@@ -47,12 +44,15 @@ AGAIN = {
 } | {"kvmerger": "kvmerger(keep=0.5, every=64)"}
 LOSSLESS = {name: examples[1] for name, examples in EXAMPLES.items()} | {
     "sealed": "snapkv(keep=100000) + kivi(residual=4096)",
+    # Every token of each pair is kept as it is.
+    "pairs": "minicache(start=0, keep=1)",
     "again": "h2o(keep=100000, every=32)",
 }
 # Groups of three query heads, heads of 64.
 CHANGES = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 4}
 LENGTHS = [3, 40, 96, 97, 130, 300]
 
+# Tokens and their log probabilities.
 Answer = tuple[list[int], list[float]]
 
 
@@ -74,8 +74,16 @@ def open_model(folder: Path, kv: str, **settings: object) -> LLM:
 
 def answer(llm: LLM, prompts: list[list[int]], length: int = 40) -> list[Answer]:
     params = SamplingParams(max_tokens=length, ignore_eos=True, logprobs=0)
-    outputs = [each.outputs[0] for each in llm.generate(prompts, params, progress=False)]  # type: ignore[arg-type]
-    return [(list(each.token_ids), [one.logprob for one in each.logprobs or []]) for each in outputs]
+    return [each for (each,) in choose(llm, prompts, params)]
+
+
+def choose(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[list[Answer]]:
+    """The choices of each prompt."""
+    outputs = llm.generate(prompts, params, progress=False)  # type: ignore[arg-type]
+    return [
+        [(list(each.token_ids), [one.logprob for one in each.logprobs or []]) for each in output.outputs]
+        for output in outputs
+    ]
 
 
 def check_empty(llm: LLM) -> None:
@@ -113,6 +121,21 @@ def test_an_answer_is_the_same_alone_and_in_any_batch_and_chunk(kv: str, folder:
     with open_model(folder, kv, step_tokens=48, max_sequences=4) as llm:
         assert [tokens for tokens, _ in answer(llm, prompts)] == [tokens for tokens, _ in together]
         check_empty(llm)
+
+
+@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+def test_choices_of_a_prompt_are_the_same_where_they_share_it(kv: str, folder: Path) -> None:
+    prompts = make_prompts()[4:6]
+    forked = SamplingParams(n=2, max_tokens=20, ignore_eos=True, logprobs=0, temperature=1.0, seed=1)
+    with open_model(folder, kv) as llm:
+        together = choose(llm, prompts, forked)
+        shares = llm.engine.cache.layout.shares_prefixes
+        assert (llm.engine.counters.cached_prompt_tokens >= sum(map(len, prompts)) - 2 * 32) == shares
+        check_empty(llm)
+    with open_model(folder, kv, prefix_cache=False) as llm:
+        assert [choose(llm, [prompt], forked)[0] for prompt in prompts] == together
+        check_empty(llm)
+    assert all(first[0] != second[0] for first, second in together)
 
 
 @pytest.mark.parametrize("kv", [*LOSSY.values(), *AGAIN.values()])
@@ -182,8 +205,8 @@ def test_the_arena_takes_no_more_memory_than_is_counted(kv: str, folder: Path) -
     with open_model(folder, kv, prefix_retain_bytes=0) as llm:
         answer(llm, make_prompts())
         resident, counted = read_resident(llm.engine.cache.arena), llm.engine.counters.kv_peak_bytes
-    # What is begun counts whole; the arena's first and last page may lie half outside.
-    assert 0.5 * counted < resident <= 1.03 * counted + 2 * 4096
+    # What is begun counts whole, and sealed blocks have room to spare; the arena's ends may lie half outside a page.
+    assert 0.85 * counted < resident <= 1.03 * counted + 2 * 4096
 
 
 def read_resident(arena: torch.Tensor) -> int:
@@ -197,45 +220,6 @@ def read_resident(arena: torch.Tensor) -> int:
         elif within and name == "Rss:":
             found += int(rest[0]) * 1024
     return found
-
-
-@pytest.mark.parametrize("kv", LOSSLESS.values(), ids=LOSSLESS)
-def test_sliding_windows_and_heads_of_256_are_served(kv: str) -> None:
-    changes = GEMMA | {"head_dim": 256, "num_attention_heads": 3, "num_key_value_heads": 1, "sliding_window": 40}
-    _, model = make_pair("Gemma3", changes, choose_kernels("auto", "cpu"))
-    tokens = make_text(200)
-    found = []
-    for policy in ("plain", kv):
-        driver = RaggedDriver(model, block_size=32, kv=policy)
-        number = driver.add(tokens)
-        pieces = []
-        for length in (70, 1, 58, 71):
-            pieces.append(driver.run({number: length})[number])
-            driver.slide(number)
-        found.append(torch.cat(pieces))
-    assert torch.equal(found[0], found[1])
-
-
-@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
-def test_a_layout_places_every_layer_in_blocks_that_are_large_enough(kv: str) -> None:
-    for windows in ((None,) * 30, (512, 512, 512, 512, None, None) * 3):
-        layout = make_policy(kv).arrange(KVShape(windows, 3, 64, torch.bfloat16), 32)
-        for layer, window in enumerate(windows):
-            group = layout.groups[layout.place(layer).group]
-            assert group.layer_bytes >= 2 * 32 * 3 * 64 * 2 and not group.sealed
-            assert window is None or (group.window == window and layout.place_sealed(layer) is None)
-        assert max(len(group.layers) * group.layer_bytes for group in layout.groups) == layout.block_bytes
-
-
-def test_what_would_change_nothing_is_refused() -> None:
-    shape = KVShape((512, 512, 512, 512, 512, None) * 3, 1, 256, torch.bfloat16)
-    with pytest.raises(InputError, match="from layer 9 of 18 on, no two neighbouring layers"):
-        make_policy("minicache").arrange(shape, 32)
-    for kv in ("kivi", "snapkv"):
-        with pytest.raises(InputError, match="every layer of this model has a sliding window"):
-            make_policy(kv).arrange(KVShape((512,) * 4, 1, 256, torch.bfloat16), 32)
-    with pytest.raises(InputError, match="head size 544 cannot be sealed: it must be at most 512"):
-        make_policy("kivi").arrange(KVShape((None,) * 4, 1, 544, torch.bfloat16), 32)
 
 
 @pytest.mark.parametrize(

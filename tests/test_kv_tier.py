@@ -17,9 +17,12 @@ from page_cache import drop_from_memory, list_in_memory
 from tiny import make_tiny_model
 
 from headrace import LLM, RequestOutput, SamplingParams
+from headrace.cache import tier
 from headrace.cache.checks import check_ledger
+from headrace.cache.layout import CacheLayout
+from headrace.cache.ledger import KVLedger
 from headrace.cache.policies.choice import POLICIES
-from headrace.core import InputError, Request
+from headrace.core import InputError, Request, Sequence
 from headrace.engine.loading import change_kv
 from headrace.job.run import run_job
 from headrace.meter.report import format_report
@@ -41,9 +44,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Layers that see all tokens, layers that do not, and a head size that can be sealed."""
     folder = tmp_path_factory.mktemp("models")
     windowed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 48}
+    kinds = ["full_attention", "sliding_attention"]
     return {
         "plain": make_tiny_model(folder / "plain", head_dim=32),
         "windowed": make_tiny_model(folder / "windowed", head_dim=32, **windowed),
+        "mixed": make_tiny_model(folder / "mixed", head_dim=32, layer_types=kinds, **windowed),
         "other": make_tiny_model(folder / "other", seed=1, head_dim=32),
     }
 
@@ -125,6 +130,39 @@ def test_policies_that_share_prefixes_restore_them_and_others_say_so(
         with open_model(models["plain"], tmp_path, kv=kv) as llm:
             assert answers(llm.generate(prompts, PARAMS)) == expected
             assert (restored(llm) > 0) == again
+
+
+@pytest.mark.parametrize(("model", "tracks"), [("plain", 1024), ("mixed", 1024), ("mixed", 0)])
+def test_output_that_read_a_part_of_the_cache_is_not_kept_for_prompts(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, tracks: int
+) -> None:
+    monkeypatch.setattr(tier, "MOST_TRACKS", tracks)
+    # Output reads three blocks, a prompt all of its five and more.
+    kv, prompt = "infllm(topk=1, init=1, local=1)", make_prompts(2)[1]
+    with open_model(models[model], tmp_path, kv=kv) as first:
+        (output,) = first.generate([prompt], replace(PARAMS, max_tokens=100))
+    longer = [*prompt, *output.outputs[0].token_ids, 5, 6, 7]
+    with open_model(models[model], None, kv=kv) as alone:
+        expected = answers(alone.generate([longer], PARAMS))
+    for known in (prompt, longer):
+        with open_model(models[model], tmp_path, kv=kv) as again:
+            assert answers(again.generate([longer], PARAMS)) == expected
+            assert restored(again) == len(known) // 32 * 32
+
+
+def test_a_sequence_takes_nothing_for_its_output_that_a_prompt_has_computed() -> None:
+    layout = replace(CacheLayout.from_windows([None], 4), shares_output=False)
+    for shares, found in ((False, 2), (True, 4)):
+        ledger = KVLedger(replace(layout, shares_output=shares), 20)
+        tokens = list(range(20))
+        prompt = Sequence(Request("prompt", tuple(tokens), PARAMS), 0, 1, tokens)
+        ledger.admit(prompt, 0)
+        ledger.grow(prompt, 20)
+        prompt.computed = 20
+        ledger.publish(prompt)
+        # As it is after a preemption: nothing is computed, and some output is known.
+        waiting = Sequence(Request("waiting", tuple(tokens[:10]), PARAMS), 0, 2, tokens[:19])
+        assert len(ledger.match(waiting).nodes) == ledger.count_sharable(waiting) == found
 
 
 @pytest.mark.parametrize(

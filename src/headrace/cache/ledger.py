@@ -83,7 +83,7 @@ class KVLedger:
     def count_sharable(self, sequence: Sequence) -> int:
         """Whole blocks that a sequence may have from the tree: `match` says which tokens are left to compute."""
         every = sequence.request.score or sequence.request.embed == "mean"
-        return 0 if every else (len(sequence.tokens) - 1) // self.layout.block_size
+        return 0 if every else min(len(sequence.tokens) - 1, self.find_sharable_end(sequence)) // self.layout.block_size
 
     def hit_blocks(self, nodes: list[Node]) -> tuple[list[int], list[int]]:
         """The blocks that a sequence acquires with these nodes: of full-attention groups, of sliding-window groups."""
@@ -137,7 +137,7 @@ class KVLedger:
         if not self.prefix_cache:
             return
         size, holding = self.layout.block_size, self.holdings[sequence.number]
-        end = min(sequence.computed, self._sharable_end(sequence))
+        end = min(sequence.computed, self.find_sharable_end(sequence))
         if end < (holding.published + 1) * size:
             return
         before = holding.node
@@ -152,7 +152,8 @@ class KVLedger:
         self.tree.unpin(before)
         self._renew_promise(sequence, holding)
 
-    def _sharable_end(self, sequence: Sequence) -> int:
+    def find_sharable_end(self, sequence: Sequence) -> int:
+        """Before which of its tokens a sequence gives blocks to others and takes theirs."""
         return len(sequence.tokens) if self.layout.shares_output else sequence.prompt_length
 
     def slide(self, sequence: Sequence) -> None:
@@ -172,8 +173,7 @@ class KVLedger:
         self._trim()
 
     def shrink(self, sequence: Sequence, blocks: int) -> None:
-        """Take so many more of a sequence's first blocks away, but for those of sliding windows: what stays has moved
-        to the others."""
+        """Take so many more of a sequence's first blocks away, but no window's: what stays has moved to the others."""
         for group in self.full_groups:
             table = sequence.tables[group]
             for position in range(sequence.dropped, sequence.dropped + blocks):
@@ -242,7 +242,7 @@ class KVLedger:
         if holding.promise is not None:
             self.tree.fulfil(holding.promise)
         holding.promise = None
-        if self.prefix_cache and (holding.published + 1) * self.layout.block_size <= self._sharable_end(sequence):
+        if self.prefix_cache and (holding.published + 1) * self.layout.block_size <= self.find_sharable_end(sequence):
             owner = sequence.request.owner
             holding.promise = self.tree.next_key(holding.node, sequence.tokens, holding.published, owner)
         if holding.promise is not None:

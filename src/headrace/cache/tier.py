@@ -95,10 +95,12 @@ class Tier:
 
     def save(self, scheduled: Iterable[tuple[Chunk, Sequence]]) -> None:
         """Copy what these chunks have filled to the store. To be called before any of their blocks is released."""
+        size = self.ledger.layout.block_size
         for chunk, sequence in scheduled:
-            track, end = self._track(sequence), (chunk.start + chunk.length) // self.ledger.layout.block_size
+            track, sharable = self._track(sequence), self.ledger.find_sharable_end(sequence)
+            end = min(chunk.start + chunk.length, sharable) // size
             if end > track.saved:
-                self._save(sequence, chunk.start // self.ledger.layout.block_size, end)
+                self._save(sequence, min(chunk.start // size, end), end)
                 track.saved = end
 
     def close(self) -> None:

@@ -1,23 +1,26 @@
 """Which KV cache a job uses where the user has said what it may lose: the smallest that keeps within it on a sample.
 
+How small a cache is depends on how long rows are: the newest tokens stay exact beside what is rounded, so for short
+rows a lossy cache takes more than the full one. What counts is the blocks that rows like the sample's would take.
 The choice is kept in the journal, so that a job goes on with the cache that it began with. Knows no policy by name.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from headrace.cache.layout import CacheLayout
 from headrace.cache.policies.choice import CANDIDATES, FULL, make_policy
 from headrace.core import InputError, Request
 from headrace.job.intake import Job
 from headrace.job.journal import Journal
-from headrace.job.loss import Answered, Loss, LossMeter, answer_fully
+from headrace.job.loss import ANSWER_TOKENS, Answered, Loss, LossMeter, answer_fully
 from headrace.job.progress import Progress
 from headrace.job.sample import LEAST_ROWS, draw_sample
 from headrace.llm import LLM
@@ -31,10 +34,14 @@ HOPELESS_ROWS, HOPELESS_ERRORS = 4, 2.0
 
 @dataclass(slots=True)
 class Trial:
-    """A candidate, and its loss on the sample; rows may be fewer, where it was plain soon that it loses too much."""
+    """A candidate, and its loss on the sample; rows may be fewer, where it was plain soon that it loses too much.
+
+    bytes_per_token, row_bytes  of one more token of a long text; of a row like the sampled ones, the mean
+    """
 
     kv: str
     bytes_per_token: int
+    row_bytes: int = 0
     loss: Loss = field(default_factory=Loss)
 
 
@@ -43,7 +50,8 @@ class KVChoice:
     """What a job keeps its keys and values in, and why.
 
     budget     the share by which the perplexity of the full cache's answers may rise
-    full_bytes_per_token, seconds   of the full cache; what the choice took
+    full_bytes_per_token, full_row_bytes  of the full cache, as of a trial
+    seconds    what the choice took
     trials     what was tried, smallest first; the last one is `kv` unless that is the full cache
     checks     the loss over finished rows that were checked
     fell_back  after how many checked rows the full cache took over; None while it has not
@@ -53,6 +61,7 @@ class KVChoice:
     kv: str = FULL
     sampled_rows: int = 0
     full_bytes_per_token: int = 0
+    full_row_bytes: int = 0
     seconds: float = 0.0
     trials: list[Trial] = field(default_factory=list)
     checks: Loss = field(default_factory=Loss)
@@ -72,8 +81,14 @@ class KVChoice:
             "sampled_rows": self.sampled_rows,
             "measure_s": round(self.seconds, 3),
             "full_bytes_per_token": self.full_bytes_per_token,
+            "full_row_bytes": self.full_row_bytes,
             "candidates": [
-                {"kv": trial.kv, "bytes_per_token": trial.bytes_per_token, **trial.loss.describe()}
+                {
+                    "kv": trial.kv,
+                    "bytes_per_token": trial.bytes_per_token,
+                    "row_bytes": trial.row_bytes,
+                    **trial.loss.describe(),
+                }
                 for trial in self.trials
             ],
             "checked": self.checks.describe(),
@@ -122,7 +137,8 @@ def choose_kv(
 
     It does where the loss and one standard error are within it: a small sample must not be lucky.
     """
-    choice = KVChoice(budget, full_bytes_per_token=measure_bytes(llm, FULL))
+    full = arrange(llm, FULL)
+    choice = KVChoice(budget, full_bytes_per_token=round(full.bytes_per_token))
     if budget == 0:
         progress.say(f"kv {FULL}: only the full cache is sure to lose nothing")
         return choice
@@ -137,35 +153,55 @@ def choose_kv(
     if len(answered) < LEAST_ROWS:
         progress.say(f"kv {FULL}: {len(answered)} rows could be measured, and it takes {LEAST_ROWS} to tell a loss")
         return choice
-    for trial in list_trials(llm, choice.full_bytes_per_token, progress):
+    rows = list_rows(requests, answered)
+    choice.full_row_bytes = count_row_bytes(full, rows)
+    for trial in list_trials(llm, rows, choice.full_row_bytes, progress):
         choice.trials.append(trial)
         try_candidate(llm, trial, answered, budget, progress, check_stop)
         found = f"kv {trial.kv} loses {format_loss(trial.loss.describe(), 'sampled rows')}"
         if trial.loss.share + trial.loss.error <= budget:
             choice.kv = trial.kv
-            size = f"{trial.bytes_per_token:,} bytes a token instead of {choice.full_bytes_per_token:,}"
+            size = f"{trial.row_bytes:,} bytes a row instead of {choice.full_row_bytes:,}"
             progress.say(f"{found}: taken, {size}")
             break
         progress.say(f"{found}: too much")
     else:
-        progress.say(f"kv {FULL}: no smaller cache is known to keep within {format_share(budget)}")
+        lacking = f"smaller cache is known to keep within {format_share(budget)}"
+        progress.say(f"kv {FULL}: no {lacking if choice.trials else 'other cache takes less for rows like these'}")
     return choice
 
 
-def list_trials(llm: LLM, full_bytes: int, progress: Progress) -> Iterator[Trial]:
-    """The candidates that can serve the model and are smaller than the full cache, the smallest first."""
+def list_rows(requests: Rows[Request], answered: Rows[Answered]) -> list[tuple[int, int]]:
+    """Prompt and output tokens of the rows that were answered: of an answer that was cut, as many as it may have."""
+    most = {tuple(request.prompt_token_ids): request.params.max_tokens for request in requests}
+    return [
+        (len(each.prompt), len(each.tokens) if len(each.tokens) < ANSWER_TOKENS else most[each.prompt])
+        for each in answered
+    ]
+
+
+def list_trials(llm: LLM, rows: Rows[tuple[int, int]], full_bytes: int, progress: Progress) -> list[Trial]:
+    """The candidates that can serve the model and take less for these rows than the full cache, the smallest first."""
     trials = []
     for kv in CANDIDATES:
         try:
-            trials.append(Trial(kv, measure_bytes(llm, kv)))
+            layout = arrange(llm, kv)
+            trials.append(Trial(kv, round(layout.bytes_per_token), count_row_bytes(layout, rows)))
         except InputError as error:
             progress.say(f"kv {kv} cannot be used: {error}")
-    yield from sorted((each for each in trials if each.bytes_per_token < full_bytes), key=lambda t: t.bytes_per_token)
+    fitting = [each for each in trials if each.row_bytes < full_bytes]
+    return sorted(fitting, key=lambda each: (each.row_bytes, each.bytes_per_token))
 
 
-def measure_bytes(llm: LLM, kv: str) -> int:
-    """Bytes of one token over all layers. Raises InputError for a policy that cannot serve the model."""
-    return round(make_policy(kv).arrange(llm.engine.model.kv_shape, llm.options.block_size).bytes_per_token)
+def arrange(llm: LLM, kv: str) -> CacheLayout:
+    """Raises InputError for a policy that cannot serve the model."""
+    return make_policy(kv).arrange(llm.engine.model.kv_shape, llm.options.block_size)
+
+
+def count_row_bytes(layout: CacheLayout, rows: Rows[tuple[int, int]]) -> int:
+    """Bytes of the blocks that a row of so many prompt and output tokens needs to be let in, the mean."""
+    blocks = sum(layout.blocks_for(prompt + output, prompt=prompt) for prompt, output in rows)
+    return blocks * layout.block_bytes // len(rows)
 
 
 def try_candidate(

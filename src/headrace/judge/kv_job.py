@@ -16,11 +16,13 @@ from headrace.schedule.choice import SCHEDULES
 
 def measure_job(
     model: Model, tokenizer: Tokenizer, options: EngineOptions, kv: str, prompts: list[list[int]], outputs: int
-) -> float:
-    """Prompt and output tokens a second, each prompt continued by `outputs` tokens, in options.kv_cache_bytes.
-
-    Raises RowError for a prompt that this memory does not hold.
-    """
+) -> float | None:
+    """Prompt and output tokens a second, each prompt continued by `outputs` tokens, in options.kv_cache_bytes; None
+    where this memory does not hold one of them."""
+    layout, longest = make_policy(kv).arrange(model.kv_shape, options.block_size), max(map(len, prompts))
+    needed = layout.blocks_for(longest + outputs, prompt=longest) * layout.block_bytes
+    if options.kv_cache_bytes is not None and options.kv_cache_bytes < needed:
+        return None
     cache, state = open_cache(model, make_policy(kv), options)
     engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule]())
     params = SamplingParams(max_tokens=outputs, ignore_eos=True)

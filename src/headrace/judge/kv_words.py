@@ -43,7 +43,8 @@ def format_policies(values: Mapping[str, Any]) -> str:
             loss = row[way]
             cells += [f"{loss['dnll']:+.4f} ± {loss['error']:.4f}", f"{loss['kl']:.4f}", f"{loss['top1']:.1%}"]
         cells += [f"{row['attention_ns']:.1f}", f"{row['batch']:,}"]
-        rows.append(cells + ([f"{row['tokens_per_s']:,.0f}"] if job else []))
+        speed = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"
+        rows.append(cells + ([speed] if job else []))
     return format_table(columns, rows)
 
 

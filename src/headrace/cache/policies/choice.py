@@ -102,7 +102,7 @@ def combine(first: KVPolicy, second: KVPolicy, expression: str) -> KVPolicy:
         return first.with_sealing(second.form, second.residual)
     if isinstance(first, Shrinking):
         return ShrinkSealed(first, second.form, second.residual)
-    if first.residual > 1 or first.form is not None:
+    if isinstance(first, BlockFloatKeys) or first.form is not None:
         raise InputError(f"kv {expression!r}: both policies would write the same sealed blocks; use one of them")
     raise InputError(
         f"kv {expression!r}: the first policy reads tokens head by head within exact blocks, "

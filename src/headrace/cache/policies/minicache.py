@@ -71,7 +71,12 @@ class MiniCache:
         self._restorer = Restorer()
 
     def with_sealing(self, form: SealedForm, residual: int) -> MiniCache:
-        """The same with directions rounded by token in the form's bits, and the layers outside of pairs in the form."""
+        """The same with directions rounded by token in the form's bits, and the layers outside of pairs in the form.
+
+        Raises InputError where they are rounded already.
+        """
+        if self._rounding is not None:
+            raise InputError("kv minicache: what it keeps is rounded already; use kivi once")
         combined = MiniCache(self.start, self.keep, self.retention, self.t, max(self.residual, residual))
         combined._rounding = form
         return combined

@@ -16,18 +16,24 @@ import random
 import resource
 import time
 from array import array
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from headrace.checkpoint import open_checkpoint
-from headrace.core import Request, SamplingParams
+from headrace.core import Request, SamplingParams, Sequence
 from headrace.options import EngineOptions
+from headrace.plan.reuse import count_distinct
 from headrace.plan.simulator import Simulator, Task
 from headrace.plan.site import open_site
-from headrace.schedule.prefixes import grow_tree, order_rows
+from headrace.schedule.apply import arrange
+from headrace.schedule.choice import SCHEDULES
+from headrace.schedule.prefixes import count_common
+from headrace.schedule.state import SchedulerState
+from headrace.schedule.window import Window, weigh
 
 
-def make_packed(rows: int, tokens: int) -> list[bytes]:
+def make_pile(rows: int, tokens: int) -> Iterator[array[int]]:
     """Rows of three shared levels and a part of their own, shuffled."""
     draw = random.Random(0)
 
@@ -38,26 +44,38 @@ def make_packed(rows: int, tokens: int) -> list[bytes]:
     branches = [root + text(tokens // 4) for root in roots for _ in range(25)]
     leaves = [branch + text(tokens // 4) for branch in branches for _ in range(4)]
     own = text(2 * tokens)
-    found = []
-    for place in range(rows):
+    places = list(range(rows))
+    draw.shuffle(places)
+    for place in places:
         start = draw.randrange(tokens)
-        found.append((leaves[place % len(leaves)] + own[start : start + tokens - 3 * (tokens // 4)]).tobytes())
-    draw.shuffle(found)
-    return found
+        yield leaves[place % len(leaves)] + own[start : start + tokens - 3 * (tokens // 4)]
 
 
 def measure_order(rows: int, tokens: int) -> None:
-    packed = make_packed(rows, tokens)
-    held = peak_rss()
-    began = time.perf_counter()
-    root = grow_tree(packed, [1.0] * rows, 32)
-    order = order_rows(root, 128)
+    """Queue requests as an engine does, until the window is full, and have them arranged."""
+    engine, begun = EngineOptions(), peak_rss()
+    site = open_site(engine, open_checkpoint(engine.model))
+    state = SchedulerState.create(site.memory.layout, site.memory.num_blocks, engine)
+    schedule = SCHEDULES[engine.schedule]()
+    window, held = Window(state, schedule), 0
+    params = SamplingParams(max_tokens=64)
+    for number, prompt in enumerate(make_pile(rows, tokens)):
+        if not window.wants(held):
+            raise SystemExit(f"{number:,} rows fill a window of {engine.window_bytes:,} bytes")
+        request = Request(str(number), prompt, params)
+        held += weigh(request)
+        state.add(Sequence(request, 0, number, request.prompt_token_ids))
+    waiting, began = peak_rss(), time.perf_counter()
+    arrange(schedule, state)
     seconds = time.perf_counter() - began
-    assert sorted(order) == list(range(rows))
+    order = [sequence.tokens for sequence in state.waiting]
     print(
-        f"{rows:,} rows of {tokens:,} tokens: ordered in {seconds:.1f} s; {root.prefill / (rows * tokens):.1%} of "
-        f"them to compute; {peak_rss() / 2**20:,.0f} MiB at most, {held / 2**20:,.0f} of them the rows themselves"
+        f"{rows:,} rows of {tokens:,} tokens in one window: ordered in {seconds:.1f} s; "
+        f"{(waiting - begun) / 2**20:,.0f} MiB for the rows, {(peak_rss() - waiting) / 2**20:,.0f} more to order them"
     )
+    total = rows * tokens
+    computed = total - sum(count_common(one, other) for one, other in itertools.pairwise(order))
+    print(f"{computed / total:.1%} of the tokens to compute, at best {count_distinct(order) / total:.1%}")
 
 
 def measure_azure(options: argparse.Namespace) -> None:

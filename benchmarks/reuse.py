@@ -45,7 +45,7 @@ REFERENCES = {
 
 
 def our_order(rows: Rows) -> Rows:
-    """The rows in the order of `schedule.planned`, every row with as many outputs."""
+    """The rows in the order of `schedule.planned`, in one window, every row with as many outputs."""
     return [rows[place] for place in order_rows(grow_tree([pack(row) for row in rows], [1.0] * len(rows)))]
 
 

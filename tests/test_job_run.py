@@ -23,7 +23,7 @@ from jobs import (
 
 from headrace.core import InputError, RowError, SamplingParams
 from headrace.job.batch_rows import BatchDrafter
-from headrace.job.feed import MOST_PENDING, Feed, Flow
+from headrace.job.feed import Feed, Flow
 from headrace.job.inlet import EngineInlet
 from headrace.job.journal import Journal
 from headrace.job.progress import State, estimate_rest, format_progress, measure
@@ -34,7 +34,7 @@ from headrace.llm import LLM
 from headrace.meter.counters import Counters
 from headrace.meter.meter import Phase
 from headrace.options import RunOptions, SamplingOptions
-from headrace.schedule.planned import Planned
+from headrace.schedule.window import ROW_BYTES, count_bytes
 
 REPORT_KEYS = {
     "requests", "succeeded", "failed", "prompt_tokens", "cached_prompt_tokens", "computed_prompt_tokens",
@@ -263,6 +263,8 @@ def test_time_to_go_weighs_rows_by_their_tokens() -> None:
         "30/100 rows (30%), 0 errors | 91 prompt + 9 output tokens/s | 25% of prompts cached | "
         "KV 1.0 MiB of 2.0 MiB | 33.0 s, 55.0 s to go"
     )
+    reading = State(rows_total=100, rows_done=20, errors=0, rows_before=20, flow=flow)
+    assert format_progress(measure(reading, Counters(), none, 6.0)) == "60/100 rows read, 6.0 s"
 
 
 class CountingDrafter:
@@ -289,16 +291,18 @@ def test_reading_pauses_however_long_the_input_is(kind: str, tiny_model: Path, t
             record = {"custom_id": str(index), "method": "POST", "url": "/v1/completions", "body": body}
             yield Row(index, index + 1, record, RowError("bad", "bad") if kind == "wrong" else None)
 
-    with LLM(**vars(engine_options(tiny_model))) as llm:
+    with LLM(**vars(engine_options(tiny_model)) | {"window_bytes": 2**20}) as llm:
         drafter = CountingDrafter(BatchDrafter(llm.tokenizer, SamplingParams(max_tokens=2), "error", str(tiny_model)))
         feed = Feed(rows(), drafter, EngineInlet(llm.engine), llm.tokenizer, Journal(tmp_path / "journal"))
         finished: list[Any] = []
         while not finished and feed.wants_rows():
             finished = feed.top_up()
         assert len(finished) == (256 if kind == "wrong" else 0)
-        window = Planned.window
-        assert drafter.asked == {"equal": MOST_PENDING, "different": window, "wrong": 0}[kind]
-        assert llm.engine.unfinished == {"equal": 1, "different": window, "wrong": 0}[kind]
+        # Whole reads of 256 rows, until what they take is a MiB.
+        equal, different = -(-(2**20) // ROW_BYTES), -(-(2**20) // count_bytes(2))
+        asked = {"equal": -(-equal // 256) * 256, "different": -(-different // 256) * 256, "wrong": 0}[kind]
+        assert drafter.asked == asked
+        assert llm.engine.unfinished == {"equal": 1, "different": asked, "wrong": 0}[kind]
 
 
 def test_a_library_call_is_a_whole_job(tiny_model: Path, tmp_path: Path) -> None:

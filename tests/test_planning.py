@@ -16,10 +16,10 @@ from step_times import TIMES
 
 import headrace.engine.engine as engine_module
 from headrace.cli import main
-from headrace.core import InputError, Request, SamplingParams, StepPlan
+from headrace.core import InputError, Request, RowError, SamplingParams, StepPlan
 from headrace.job.intake import read_ask
 from headrace.job.pile import Expectation, make_pile
-from headrace.job.planning import plan_job
+from headrace.job.planning import list_threads, plan_job
 from headrace.job.run import run_job
 from headrace.llm import LLM
 from headrace.meter.operations import Piece
@@ -32,7 +32,7 @@ from headrace.plan.forecast import LEAST_ERROR, forecast
 from headrace.plan.simulator import Memory, Simulator, Task
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.planned import Planned
-from headrace.schedule.window import MOST_TOKENS, Window
+from headrace.schedule.window import Window, count_bytes
 
 
 def make_requests(count: int) -> list[Request]:
@@ -186,19 +186,68 @@ def test_tasks_that_can_never_run_are_refused() -> None:
     assert (found.refused, found.tasks) == (1, 2)
 
 
+def test_the_simulator_refuses_what_the_engine_refuses(tiny_model: Path) -> None:
+    """Not by what a row will say, but by the most that it may."""
+    draw, tasks, refused = random.Random(4), [], set()
+    for number in range(300):
+        params = SamplingParams(max_tokens=draw.choice([1, draw.randrange(1, 400), draw.randrange(400, 2000)]))
+        prompt = tuple(draw.randrange(300) for _ in range(draw.choice([0, draw.randrange(1, 300), 1020 + number % 9])))
+        request = Request(str(number), prompt, params, score=number % 5 == 0)
+        tasks.append(Task(request, draw.randrange(1, 9) * request.generates))
+    for kv, blocks in (("plain", 20), ("plain", 200), ("streaming(keep=64, every=32)", 10)):
+        options = engine_options(tiny_model, kv=kv, kv_cache_bytes=blocks * 8192)
+        with LLM(**asdict(options)) as llm:
+            memory, refused = Memory.of_engine(llm.engine), set()
+            for task in tasks:
+                try:
+                    llm.engine.add(task.request)
+                    llm.engine.abort(task.request.id)
+                except RowError:
+                    refused.add(task.request.id)
+        assert {task.request.id for task in tasks if memory.refuses(task.request)} == refused
+        found = Simulator(options, memory, None).run(tasks)
+        assert found.refused == len(refused) and found.tasks == 300 - len(refused) and 20 < found.tasks < 280
+
+
+def test_no_output_goes_beyond_max_tokens_or_the_context() -> None:
+    """What the engine lets in can always end in its memory."""
+    memory = Memory(make_state([None], 1, 16).ledger.layout, 4, 64)
+    tasks = [Task(make_tasks(1, 500)[0].request, 500), Task(make_tasks(2, 9)[1].request, 500)]
+    found = Simulator(EngineOptions(), memory, None).run(tasks, 2000)
+    assert (found.refused, found.tasks, found.output_tokens) == (0, 2, 44 + 9)
+
+
+@pytest.mark.parametrize("most_steps", [None, 60])
+def test_what_is_refused_counts_for_nothing(most_steps: int | None) -> None:
+    memory = Memory(make_state([None], 1, 16).ledger.layout, 100, 4096)
+    options, tasks = EngineOptions(step_tokens=64, max_sequences=16), make_tasks(400)
+    long = [Task(replace(each.request, id=f"long {each.request.id}"), 2) for each in make_tasks(100, 3000)]
+    alone, beside = (forecast(each, options, memory, TIMES, most_steps=most_steps) for each in (tasks, tasks + long))
+    assert replace(beside, requests=400, refused=0) == alone
+    assert (beside.requests, beside.refused) == (500, 100) and (alone.simulated < 1) == (most_steps is not None)
+
+
+def test_threads_are_compared_up_to_the_number_of_cores() -> None:
+    assert [list_threads(cores) for cores in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
 def test_a_window_is_filled_at_once_and_again_when_few_are_left() -> None:
     driver = Driver(make_state([None], 500, 16, max_sequences=2), schedule=Planned())
-    window, rows = Window(driver.state, driver.schedule), 0
-    while window.wants(0):
-        driver.add([1], 1)
+    driver.state.window_bytes = 2**20
+    window, row = Window(driver.state, driver.schedule), count_bytes(100)
+    rows = 0
+    while window.wants(rows * row):
+        driver.add([1] * 100, 1)
         rows += 1
-    assert rows == Planned.window and window.filled == 1
+    assert rows == -(-(2**20) // row) and window.filled == 1
     while len(driver.state.waiting) >= 4:
-        assert not window.wants(0)
+        assert not window.wants(len(driver.state.waiting) * row)
         driver.state.waiting.popleft()
-    assert window.wants(0) and not window.wants(MOST_TOKENS)
+    assert window.wants(3 * row) and not window.wants(2**20)
     driver.state.waiting.clear()
-    assert window.wants(MOST_TOKENS), "one row may be larger than the memory for a window"
+    assert not window.wants(2**20), "rows that wait for an equal one's answer are in no queue"
+    driver.state.sequences.clear()
+    assert window.wants(2**20), "one row may be larger than the memory for a window"
 
 
 def test_what_outputs_are_taken_to_be(tiny_model: Path) -> None:
@@ -229,7 +278,9 @@ def test_a_plan_says_what_the_run_then_does(tiny_model: Path, tmp_path: Path) ->
     counted = ("steps", "preemptions", "prompt_tokens", "output_tokens", "kv_peak_bytes", "kv_budget_bytes")
     assert {name: said[name] for name in counted} == {name: report[name] for name in counted}
     assert said["planned_tokens"] == report["computed_prompt_tokens"]
-    assert {each["name"] for each in said["compared"]} >= {"precision bf16", "threads 1", "KV memory / 4"}
+    compared = {each["name"]: each for each in said["compared"]}
+    assert compared.keys() >= {"precision bf16", "threads 1", "KV memory / 4"}
+    assert compared["precision bf16"]["measure"].endswith(" --precision bf16 --threads 1 --block-size 16")
 
 
 def test_a_run_says_first_what_it_will_take(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +299,11 @@ def test_the_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     flags = ["--model", str(tiny_model), "--precision", "fp32", "--kv-cache-bytes", "4MiB"]
     assert main(["plan", str(source), *flags]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("rows       3: 3 to compute\n") and "headrace bench steps" in printed
+    assert printed.startswith("rows       3: 3 to compute\n")
+    assert f"`headrace bench steps --model {tiny_model} --precision fp32`" in printed
+    assert main(["plan", str(source), *flags, "--compare"]) == 0
+    wanted = f"\nnot measured yet: headrace bench steps --model {tiny_model} --precision int8\n"
+    assert wanted in capsys.readouterr().out
     assert main(["plan", str(source), *flags, "--json", "--expect-output", "7"]) == 0
     assert json.loads(capsys.readouterr().out)["output_tokens"] == 21
     with pytest.raises(InputError, match="name one instead of -"):

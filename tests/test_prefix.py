@@ -8,6 +8,7 @@ import pytest
 
 from headrace.cache.layout import CacheLayout
 from headrace.cache.prefix import ABSENT, Node, PrefixTree
+from headrace.schedule.prefixes import pack
 
 
 def make_tree(windows: list[int | None], first: int = 0) -> PrefixTree:
@@ -116,7 +117,7 @@ def test_promises_are_told_and_counted() -> None:
     tokens = list(range(12))
     node = fill(tree, tokens[:4])[0]
     key = tree.next_key(node, tokens, 1)
-    assert key == (node, (4, 5, 6, 7))
+    assert key == (node, ("", pack(tokens[4:8]).tobytes()))
     assert tree.next_key(node, tokens[:7], 1) is None
     tree.promise(key)
     tree.promise(key)

@@ -12,7 +12,7 @@ from headrace.plan.reuse import count_distinct, count_least_recently_used
 from headrace.schedule.base import Schedule
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.planned import Planned
-from headrace.schedule.prefixes import WIDTH, Branch, count_common, grow_tree, order_rows, pack
+from headrace.schedule.prefixes import Branch, count_common, grow_tree, order_rows, pack
 from headrace.schedule.shortest import AGEING, ShortestFirst
 
 
@@ -66,7 +66,6 @@ def test_common_prefixes(unit: int) -> None:
         while equal < min(len(one), len(other)) and one[equal] == other[equal]:
             equal += 1
         assert count_common(pack(one), pack(other)) == equal
-        assert len(pack(one)) == WIDTH * len(one)
 
 
 def test_prefixes_are_shared_in_whole_blocks() -> None:
@@ -84,6 +83,22 @@ def test_more_decoding_for_its_prefill_goes_first_and_long_rows_do_not_come_last
     assert order_rows(root, tail=3) == [2, 4, 0, 1, 3]
     slow = grow_tree([pack(row) for row in ([6] * 100, [7] * 1000, [8] * 10)], [1, 2, 1])
     assert order_rows(slow) == [2, 0, 1] and order_rows(slow, tail=2) == [2, 1, 0]
+
+
+@pytest.mark.parametrize("above", [[], [[1] * 8], [[1] * 8, [2] * 8]])
+def test_a_long_row_is_not_last_whatever_all_rows_share(above: list[list[int]]) -> None:
+    """Under no instruction, under one that all rows share, and under two of which the second has the long row."""
+    rows = [[*prefix, 10 + place] for prefix in above or [[]] for place in range(40)]
+    rows.append([*(above[-1] if above else []), *[9] * 200])
+    decode = [8.0] * (len(rows) - 1) + [40.0]
+    if len(above) == 2:
+        decode[:40] = [9.0] * 40
+    tree = grow_tree([pack(row) for row in rows], decode)
+    long = len(rows) - 1
+    assert order_rows(tree)[-1] == long, "it has the least decoding for its prefill"
+    order = order_rows(tree, tail=6)
+    assert order.index(long) == len(rows) - 6
+    assert [each for each in order if each != long] == [each for each in order_rows(tree) if each != long]
 
 
 def add_rows(driver: Driver, rows: list[list[int]], length: int = 3, n: int = 1) -> list[Sequence]:

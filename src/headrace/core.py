@@ -6,7 +6,8 @@ This module depends on nothing but the standard library and knows nothing of ten
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -122,7 +123,7 @@ class Request:
     """
 
     id: str
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: Rows[int]
     params: SamplingParams
     score: bool = False
     embed: Pooling | None = None
@@ -141,16 +142,17 @@ class Request:
 class Sequence:
     """One of a request's `n` continuations while it is in the engine.
 
-    There is no prefill and no decode phase: `tokens` are known, the first `computed` of them have their KV
-    in the cache, and each step computes some more. `tables` (block ids by cache group, -1 where a sliding window
-    has freed the block) is owned by the cache's bookkeeping; the engine only reads it. So are the
-    first `dropped` blocks, gone since a policy made the sequence smaller: what it kept has moved to those that follow.
+    There is no prefill and no decode phase: `tokens` are known, the first `computed` of them have their KV in the
+    cache, and each step computes some more. They are the request's until it is admitted, its own from then on. `tables`
+    (block ids by cache group, -1 where a sliding window has freed the block) is owned by the cache's bookkeeping; the
+    engine only reads it. So are the first `dropped` blocks, gone since a policy made the sequence smaller: what it kept
+    has moved to those that follow.
     """
 
     request: Request
     index: int
     number: int
-    tokens: list[int]
+    tokens: MutableSequence[int]
     computed: int = 0
     tables: list[list[int]] = field(default_factory=list)
     cached_tokens: int = 0

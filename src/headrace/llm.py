@@ -19,7 +19,8 @@ from headrace.engine.outputs import RequestOutput, ScoreOutput
 from headrace.meter.bar import show_progress
 from headrace.meter.report import describe_run
 from headrace.options import DEFAULT_MODEL, EngineOptions
-from headrace.schedule.window import Window
+from headrace.schedule.prefixes import pack
+from headrace.schedule.window import Window, weigh
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -204,11 +205,11 @@ class LLM:
         text = self.tokenizer.render_chat([dict(message) for message in messages])
         return self.tokenizer.encode(text, special=False)
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def _tokens(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            return pack(self.tokenizer.encode(prompt))
         if all(isinstance(token, int) for token in prompt):
-            return list(prompt)
+            return tuple(prompt)
         raise InputError(f"a prompt must be a text or a list of token ids, got {prompt!r:.80}")
 
     def _requests(
@@ -221,7 +222,7 @@ class LLM:
         for index, prompt in enumerate(prompts):
             own = params if isinstance(params, SamplingParams) else params[index]
             text = prompt if isinstance(prompt, str) else None
-            yield Request(str(index), tuple(self._tokens(prompt)), own, score, embed), text
+            yield Request(str(index), self._tokens(prompt), own, score, embed), text
 
     def _speak(self, request: Request, reader: DeltaReader) -> Iterator[str]:
         engine, self._busy = self.engine, True
@@ -244,26 +245,26 @@ class LLM:
     def _run(self, requests: Iterator[tuple[Request, str | None]], lazy: bool = False) -> Iterator[RequestOutput]:
         """Keep the engine supplied and yield its answers; whatever happens, leave it empty."""
         engine, self._busy = self.engine, True
-        texts: dict[str, str | None] = {}
+        texts: dict[str, tuple[str | None, int]] = {}
         began = time.perf_counter()
         try:
-            window, tokens = Window(engine.state, engine.schedule, lazy), 0
+            window, held = Window(engine.state, engine.schedule, lazy), 0
             supply: Iterator[tuple[Request, str | None]] | None = requests
             while supply is not None or engine.unfinished:
-                while supply is not None and window.wants(tokens):
+                while supply is not None and window.wants(held):
                     request, text = next(supply, (None, None))
                     if request is None:
                         supply = None
                         break
                     try:
                         engine.add(request)
-                        texts[request.id] = text
-                        tokens += len(request.prompt_token_ids)
+                        texts[request.id] = text, weigh(request)
+                        held += weigh(request)
                     except RowError as error:
                         yield RequestOutput(request.id, text, list(request.prompt_token_ids), [], error=error)
                 for output in engine.step():
-                    output.prompt = texts.pop(output.request_id)
-                    tokens -= len(output.prompt_token_ids)
+                    output.prompt, weight = texts.pop(output.request_id)
+                    held -= weight
                     yield output
         finally:
             for request_id in texts:

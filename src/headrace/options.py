@@ -92,6 +92,13 @@ class EngineOptions(Options):
         "lived; as they come; the shortest; in an order that knows nothing, to compare; or (interactive) as those "
         "want it who wait for an answer. Results are the same.",
     )
+    window_bytes: int = setting(
+        768 * 2**20,
+        "Memory for rows that are read ahead and planned together: 4 bytes a prompt token and some 3 KiB a row. A "
+        "larger pile is planned window by window, and finds less to share.",
+        metavar="SIZE",
+        low=2**20,
+    )
     admission: Literal["forecast", "aggressive", "conservative"] = setting(
         "forecast",
         "How much KV memory a new row must find: what outputs so far let expect, what rows hold now, or the most that "

@@ -6,6 +6,7 @@ the two in step.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ from headrace.cache.layout import CacheLayout, SlidingGroup
 
 ABSENT = -1
 
-# The tokens of a block. Before those of a first block stands their owner's name: what two owners have never meets.
-Label = tuple[int | str, ...]
+# The tokens of a block as bytes, and of a first block their owner's name: what two owners have never meets.
+Label = tuple[str, bytes]
 
 
 class Node:
@@ -81,7 +82,7 @@ class PrefixTree:
 
     def __init__(self, layout: CacheLayout) -> None:
         self.layout = layout
-        self.root = Node(None, (), len(layout.groups))
+        self.root = Node(None, ("", b""), len(layout.groups))
         self.places: dict[int, tuple[Node, int]] = {}
         self.promises: dict[BlockKey, int] = {}
         self._sliding = layout.sliding
@@ -108,8 +109,7 @@ class PrefixTree:
     def label(self, tokens: Rows[int], depth: int, owner: str) -> Label:
         """The label of the depth-th block of an owner's tokens, counted from 0."""
         size = self.layout.block_size
-        own = tuple(tokens[depth * size : (depth + 1) * size])
-        return own if depth else (owner, *own)
+        return "" if depth else owner, array("i", tokens[depth * size : (depth + 1) * size]).tobytes()
 
     def next_key(self, node: Node, tokens: Rows[int], depth: int, owner: str = "") -> BlockKey | None:
         """The key of the block after `node`, the depth-th of the tokens; None if not all its tokens are known."""
@@ -186,9 +186,9 @@ class PrefixTree:
         stack = [self.root]
         while stack:
             node = stack.pop()
-            length = self.layout.block_size + (node is self.root)
+            length = array("i").itemsize * self.layout.block_size
             for label, child in node.children.items():
-                if child.parent is not node or child.label != label or len(label) != length:
+                if child.parent is not node or child.label != label or len(label[1]) != length:
                     raise AssertionError(f"a node is in the wrong place: {label}")
                 if any(child.blocks[group] == ABSENT for group in full):
                     raise AssertionError(f"a node lost a block of a full-attention group: {child.blocks}")

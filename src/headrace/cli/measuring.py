@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from headrace.cli.flags import AsJson, Model, Precision
+from headrace.cli.config import fill
+from headrace.cli.flags import AsJson, Model, Precision, make_parameter, sign
 from headrace.cli.grouped import GroupedCommand
 from headrace.cli.planning import write_page
+from headrace.cli.settings import all_settings
 from headrace.core import InputError
+from headrace.meter.step_time import ASKED
 from headrace.options import DEFAULT_MODEL
 
 Text = Annotated[Path, typer.Option(metavar="FILE", help="Plain text in UTF-8.")]
@@ -23,6 +27,12 @@ Most = Annotated[int, typer.Option("--tokens", min=2, help="Most tokens of the t
 
 # Fewer say too little of a model to choose by.
 LEAST_TOKENS = 4096
+
+# All by which step times are kept and looked up: what a run can ask for, this can measure.
+STEPS_FLAGS = [
+    *(make_parameter(each) for each in all_settings(("Model",)) if each.name in ASKED),
+    inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson),
+]
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 judge = typer.Typer(help="Measure what a number format or a KV policy costs in quality.", no_args_is_help=True)
@@ -59,29 +69,25 @@ def peaks(threads: Threads = None, instruction_set: InstructionSet = "auto", as_
     typer.echo("memory " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in found.memory.items()))
 
 
-@bench.command(cls=GroupedCommand)
-def steps(
-    model: Model = DEFAULT_MODEL,
-    precision: Precision = "auto",
-    threads: Threads = None,
-    as_json: AsJson = False,
-) -> None:
+def steps(as_json: bool, **flags: object) -> None:
     """Measure what a step takes with a model on this machine, and keep it for forecasts.
 
     Some two hundred steps of different form, and a small pile to check the result with. `headrace plan` and `headrace
-    run` then say beforehand how long a job takes. Times that scatter too much are refused.
+    run` with the same of these flags then say beforehand how long a job takes. Times that scatter too much are refused.
 
     \b
-    Example:
+    Examples:
       headrace bench steps --model smollm2-135m --precision int8
+      headrace bench steps --precision int8 --kv 'kivi(k=4, v=4)' --block-size 64
     """
+    (options,) = fill(("Model",), {name: value for name, value in flags.items() if value is not None}, None)
     from rich.console import Console
 
     from headrace.llm import LLM
     from headrace.meter.step_time import save_step_time
     from headrace.plan.fitting import fit_step_time
 
-    with LLM(model, precision=precision, threads=threads) as llm:  # type: ignore[arg-type]
+    with LLM(**dataclasses.asdict(options)) as llm:
         with Console(stderr=True).status("measuring") as status:
             found = fit_step_time(llm, status.update)
         path = save_step_time(found)
@@ -92,6 +98,9 @@ def steps(
     for name, table in (("tokens", found.tokens), ("sequences", found.wanted)):
         typer.echo(f"{name:10} " + ", ".join(f"{count}: {seconds * 1e3:.2f} ms" for count, seconds in table))
     typer.echo(f"a small pile was foreseen with an error of {found.error:.1%}")
+
+
+bench.command(cls=GroupedCommand)(sign(steps, STEPS_FLAGS))
 
 
 @judge.command(cls=GroupedCommand)

@@ -86,6 +86,7 @@ def tune(
     from headrace.checkpoint import open_checkpoint
     from headrace.engine.loading import choose
     from headrace.engine.tuned import save_tuned
+    from headrace.meter.step_time import spell_command
     from headrace.plan.tuning import describe_changes
     from headrace.plan.tuning import tune as search
 
@@ -102,7 +103,7 @@ def tune(
         typer.echo(f"{trial.seconds:7.2f} s  {describe_changes(trial.changes)}")
     typer.echo(f"kept in {path}: {describe_changes(found.kept)}")
     if {"block_size", "threads"} & set(found.kept):
-        typer.echo("what steps take has changed by it: run `headrace bench steps` again for forecasts")
+        typer.echo(f"what steps take has changed by it: run `{spell_command(options)}` again for forecasts")
 
 
 def write_page(path: Path, page: str) -> None:

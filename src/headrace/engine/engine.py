@@ -27,6 +27,7 @@ from headrace.model import Model
 from headrace.schedule.apply import abort, advance, apply, arrange, expire, finish
 from headrace.schedule.base import Schedule
 from headrace.schedule.pieces import describe_pieces, wanted_rows
+from headrace.schedule.prefixes import pack
 from headrace.schedule.state import SchedulerState
 from headrace.schedule.step import plan_step
 
@@ -84,7 +85,7 @@ class Engine:
         for index in range(request.params.n):
             constraint = request.params.constraint
             matcher = self.compiler.open_matcher(constraint) if constraint else None
-            sequence = Sequence(request, index, self._numbers + index, list(request.prompt_token_ids))
+            sequence = Sequence(request, index, self._numbers + index, pack(request.prompt_token_ids))
             generations.append(Generation(sequence, self.tokenizer, self.seed, matcher))
         self._numbers += len(generations)
         self._requests[request.id] = generations

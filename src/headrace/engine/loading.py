@@ -26,7 +26,7 @@ from headrace.kernels.timed import TimedKernels
 from headrace.meter.meter import Meter
 from headrace.meter.peaks import count_cores, describe_machine, load_peaks
 from headrace.meter.report import list_versions
-from headrace.meter.step_time import describe_setting, load_step_time
+from headrace.meter.step_time import describe_setting, load_step_time, spell_command
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import ModelSettings, load_model
 from headrace.options import EngineOptions, PrecisionName
@@ -37,7 +37,7 @@ from headrace.schedule.state import SchedulerState
 # Raised whenever weights are quantised or packed in another way: what lies in the cache folder is then made anew.
 PACKING = 2
 # Raised whenever the bytes of a KV block mean something else: what lies in a kv_dir is then not found any more.
-KEEPING = 3
+KEEPING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def choose(options: EngineOptions, checkpoint: Checkpoint) -> Choice:
         return choice
     found = load_step_time(describe_setting(checkpoint.hash(), machine, choice.settings))
     if found is None:
-        raise InputError("step_seconds needs to know what steps take here: `headrace bench steps` measures it, once")
+        raise InputError(f"step_seconds needs to know what steps take here, once: run `{spell_command(options)}`")
     most = found.most_tokens(options.step_seconds, options.step_tokens)
     return replace(choice, options=replace(options, step_tokens=most))
 

@@ -14,6 +14,7 @@ from headrace.job.embeddings import WHOLE, VectorForm
 from headrace.job.sources import Row
 from headrace.job.tool_formats import ToolFormat
 from headrace.options import SamplingOptions
+from headrace.schedule.prefixes import pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,11 @@ class Draft:
     vector: VectorForm = WHOLE
 
 
+def forget_prompt(draft: Draft) -> Draft:
+    """The draft as it waits for its answer: without its text, where that is not to be repeated."""
+    return draft if draft.echo else replace(draft, prompt="")
+
+
 class Drafter(Protocol):
     """Understands the rows of one kind of input. `named`: rows bring ids of their own, so that two may be equal."""
 
@@ -55,19 +61,19 @@ class Drafter(Protocol):
         ...
 
 
-def encode_drafts(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def encode_drafts(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[array[int]]:
     """Token ids of each draft's prompt, in the drafts' order; texts go through the tokenizer many at a time."""
-    ids: list[tuple[int, ...]] = [() if isinstance(each.prompt, str) else each.prompt for each in drafts]
+    ids = [pack(() if isinstance(each.prompt, str) else each.prompt) for each in drafts]
     for special in (True, False):
         places = [at for at, each in enumerate(drafts) if isinstance(each.prompt, str) and each.special is special]
         texts = [str(drafts[place].prompt) for place in places]
         if texts:
             for place, tokens in zip(places, tokenizer.encode_batch(texts, special=special), strict=True):
-                ids[place] = tuple(tokens)
+                ids[place] = pack(tokens)
     return ids
 
 
-def make_request(draft: Draft, tokens: tuple[int, ...], context_length: int) -> Request:
+def make_request(draft: Draft, tokens: array[int], context_length: int) -> Request:
     """The engine's request. Raises RowError("context_length") where prompt and output cannot fit the context."""
     room, params = context_length - len(tokens), draft.params
     if draft.embed is not None:

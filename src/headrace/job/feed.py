@@ -6,6 +6,7 @@ and reading pauses while enough wait.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,30 +15,29 @@ from itertools import islice
 from headrace.checkpoint import Tokenizer
 from headrace.core import Request, RowError
 from headrace.engine.outputs import RequestOutput
-from headrace.job.drafts import Draft, Drafter, encode_drafts, make_request, share_key
+from headrace.job.drafts import Draft, Drafter, encode_drafts, forget_prompt, make_request, share_key
 from headrace.job.inlet import Inlet
 from headrace.job.journal import Finished, Journal
 from headrace.job.records import Answer, Record, failed, make_answer, now
 from headrace.job.sources import Row
+from headrace.schedule.window import ROW_BYTES, weigh
 
 ROWS_A_CALL = 256
-MOST_PENDING = 32_768
 
 
 @dataclass(slots=True)
 class Flow:
     """What has passed through a feed: rows read, prompt tokens brought to the inlet, output tokens that came back.
 
-    `shared` rows were answered from an equal one. Prompts count once a continuation, as the engine counts them. `held`
-    rows and their prompt tokens are on their way.
+    `shared` rows were answered from an equal one. Prompts count once a continuation, as the engine counts them. Rows on
+    their way take `held_bytes`.
     """
 
     rows: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     shared: int = 0
-    held_rows: int = 0
-    held_tokens: int = 0
+    held_bytes: int = 0
 
 
 class Pending:
@@ -72,7 +72,7 @@ class Feed:
 
     def wants_rows(self) -> bool:
         """Whether to call `top_up` now; else rows are on their way, or all are finished. To be asked once a turn."""
-        return not self.exhausted and self.flow.held_rows < MOST_PENDING and self.inlet.wants(self.flow.held_tokens)
+        return not self.exhausted and self.inlet.wants(self.flow.held_bytes)
 
     def top_up(self, most: int = ROWS_A_CALL) -> list[Finished]:
         """Read some rows, at most so many; those that were finished on the way."""
@@ -94,8 +94,7 @@ class Feed:
             pending = self._pending.pop(output.request_id)
             if pending.key is not None:
                 del self._by_key[pending.key]
-            self.flow.held_tokens -= len(pending.request.prompt_token_ids) * len(pending.rows)
-            self.flow.held_rows -= len(pending.rows)
+            self.flow.held_bytes -= weigh(pending.request) + ROW_BYTES * (len(pending.rows) - 1)
             self.flow.shared += len(pending.rows) - 1
             with self.inlet.watch.part("tokenization"):
                 answer = make_answer(output, self._decode, pending.rows[0][0].format)
@@ -142,9 +141,9 @@ class Feed:
             raise RowError("duplicate_id", f"id {name!r:.80} is that of row {owner + 1} already")
         return name
 
-    def _admit(self, draft: Draft, tokens: tuple[int, ...], finished: list[Finished]) -> None:
+    def _admit(self, draft: Draft, tokens: array[int], finished: list[Finished]) -> None:
         """Into the engine, or to an equal row that is in it, or straight to the answer of one that is finished."""
-        request = make_request(draft, tokens, self.inlet.context_length)
+        request, draft = make_request(draft, tokens, self.inlet.context_length), forget_prompt(draft)
         shortened = request.params.max_tokens < draft.params.max_tokens
         key = share_key(request)
         if key is not None:
@@ -153,7 +152,7 @@ class Feed:
             twin = self._by_key.get(key)
             if twin is not None:
                 twin.rows.append((draft, shortened))
-                self._hold(tokens)
+                self.flow.held_bytes += ROW_BYTES
                 return
             known = self.journal.find_answer(key)
             if known is not None:
@@ -165,11 +164,7 @@ class Feed:
         pending = self._pending[request.id] = Pending(request, draft, shortened, key)
         if key is not None:
             self._by_key[key] = pending
-        self._hold(tokens)
-
-    def _hold(self, tokens: tuple[int, ...]) -> None:
-        self.flow.held_rows += 1
-        self.flow.held_tokens += len(tokens)
+        self.flow.held_bytes += weigh(request)
 
     def _finish(self, draft: Draft, answer: Answer, shortened: bool, key: bytes | None) -> Finished:
         prefix = ""

@@ -9,7 +9,7 @@ from headrace.job.feed import Feed
 from headrace.job.pile import Expectation, make_pile
 from headrace.llm import LLM
 from headrace.meter.peaks import describe_machine
-from headrace.meter.step_time import describe_setting, load_step_time
+from headrace.meter.step_time import describe_setting, load_step_time, spell_command
 from headrace.plan.forecast import forecast
 from headrace.plan.simulator import Memory
 
@@ -22,13 +22,13 @@ SCALED = ("requests", "seconds", "energy_j", "steps", "preemptions", "windows", 
 def foresee(llm: LLM, feed: Feed, rows: int, elapsed: float) -> dict[str, Any]:
     """The forecast of `rows` rows, from those that the feed has brought to the engine so far in `elapsed` seconds.
 
-    Without step times of this machine there is only `seconds`, which is None.
+    Without step times of this machine `seconds` is None, and there is only `measure`, the command that measures them.
     """
     engine = llm.engine
     machine = describe_machine(llm.resolved["instruction_set"])
     step_time = load_step_time(describe_setting(llm.model_hash, machine, llm.resolved))
     if step_time is None:
-        return {"seconds": None}
+        return {"seconds": None, "measure": spell_command(llm.options)}
     requests = {sequence.request.id: sequence.request for sequence in engine.state.waiting}
     pile = make_pile(requests.values(), Expectation(llm.tokenizer))
     memory = Memory.of_engine(engine)

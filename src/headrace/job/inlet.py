@@ -23,8 +23,8 @@ class Inlet(Protocol):
         """Take a request, whose id no unfinished one has. May raise RowError for one that can never run."""
         ...
 
-    def wants(self, held_tokens: int) -> bool:
-        """Whether more rows should be read now, with so many prompt tokens on their way. Asked once before each read,
+    def wants(self, held_bytes: int) -> bool:
+        """Whether more rows should be read now, while those on their way take so much. Asked once before each read,
         for the answer may depend on the one before."""
         ...
 
@@ -45,8 +45,8 @@ class EngineInlet:
     def add(self, request: Request) -> None:
         self._engine.add(request)
 
-    def wants(self, held_tokens: int) -> bool:
-        return not self.paused and self.window.wants(held_tokens)
+    def wants(self, held_bytes: int) -> bool:
+        return not self.paused and self.window.wants(held_bytes)
 
     def reopen(self) -> None:
         """End a pause; the engine may have another state than before."""

@@ -13,6 +13,7 @@ from headrace.core import InputError
 from headrace.job.intake import STDIN, Ask, open_rows
 from headrace.job.pile import Expectation, Pile, read_pile
 from headrace.meter.peaks import count_cores
+from headrace.meter.step_time import spell_command
 from headrace.plan.forecast import forecast
 from headrace.plan.site import Site, open_site
 from headrace.quant import FORMATS
@@ -61,10 +62,11 @@ def plan_job(ask: Ask, expected: int | None, compare: bool, tell: Tell) -> dict[
 
 
 def foresee(site: Site, pile: Pile, price: float | None) -> dict[str, Any]:
-    """A pile's forecast as plain values, with its price where one an hour is given."""
+    """A pile's forecast as plain values, with its price where one an hour is given. `measure`: the command without
+    which there is no time, None where there is one."""
     found = forecast(pile.tasks, site.options, site.memory, site.step_time, pile.outputs_known, MOST_STEPS)
     cost = None if price is None or found.seconds is None else price * found.seconds / 3600
-    return asdict(found) | {"cost": cost}
+    return asdict(found) | {"cost": cost, "measure": spell_command(site.options) if site.step_time is None else None}
 
 
 def compare_settings(ask: Ask, site: Site, checkpoint: Checkpoint, pile: Pile, tell: Tell) -> Iterator[dict[str, Any]]:
@@ -84,12 +86,15 @@ def compare_settings(ask: Ask, site: Site, checkpoint: Checkpoint, pile: Pile, t
 def list_changes(site: Site) -> Iterator[tuple[str, dict[str, Any]]]:
     for precision in FORMATS:
         yield f"precision {precision}", {"precision": precision}
-    threads = 1
-    while threads <= count_cores():
+    for threads in list_threads(count_cores()):
         yield f"threads {threads}", {"precision": site.choice.precision, "threads": threads}
-        threads *= 2
     budget = site.memory.num_blocks * site.memory.layout.block_bytes
     for kv in COMPARED:
         yield f"KV {kv}", {"precision": site.choice.precision, "kv": kv}
     for parts in (4, 16):
         yield f"KV memory / {parts}", {"precision": site.choice.precision, "kv_cache_bytes": max(1, budget // parts)}
+
+
+def list_threads(cores: int) -> list[int]:
+    """Numbers of threads worth a look: powers of two, and as many as there are cores."""
+    return sorted({cores, *(2**power for power in range(cores.bit_length()))})

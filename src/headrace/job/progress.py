@@ -124,6 +124,7 @@ def measure(state: State, counters: Counters, phases: Phases, seconds: float) ->
     prompt_tokens = counters.cached_prompt_tokens + counters.computed_prompt_tokens
     return {
         **{name: getattr(state, name) for name in ("rows_total", "rows_done", "errors", "rows_before")},
+        "rows_read": state.rows_before + state.flow.rows,
         "prompt_tokens_per_s": round(prompt_tokens / elapsed, 1),
         "output_tokens_per_s": round(counters.output_tokens / elapsed, 1),
         "cached_share": round(counters.cached_prompt_tokens / max(1, prompt_tokens), 4),
@@ -157,6 +158,9 @@ def estimate_rest(state: State, phases: Phases, prompt_tokens: int, output_token
 
 
 def format_progress(facts: Mapping[str, Any]) -> str:
+    """A progress line; until something is computed it says how far the reading is: a large window takes a while."""
+    if facts["prompt_tokens_per_s"] == 0 and facts["rows_done"] == facts["rows_before"]:
+        return f"{facts['rows_read']:,}/{facts['rows_total']:,} rows read, {format_seconds(facts['elapsed_s'])}"
     share = facts["rows_done"] / max(1, facts["rows_total"])
     eta = "?" if facts["eta_s"] is None else format_seconds(facts["eta_s"])
     memory = f"{format_bytes(facts['kv_used_bytes'])} of {format_bytes(facts['kv_budget_bytes'])}"

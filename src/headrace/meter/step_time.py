@@ -7,14 +7,21 @@ sees. Knows numbers only; who measures them is `plan.fitting`.
 
 from __future__ import annotations
 
+import shlex
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from headrace.meter.kept import kept_path, read_kept, write_kept
 from headrace.meter.operations import Piece, count_seen
+from headrace.options import EngineOptions
+
+# Settings that change a step's time: a measurement is kept by them, beside the model and the processor.
+MEASURED = ("precision", "device", "kernels", "threads", "block_size", "kv")
+# What decides those, and the rest of what a measurement is kept by: the flags of `headrace bench steps`.
+ASKED = ("model", *MEASURED, "instruction_set", "tuned")
 
 # Products work in tiles of about so many rows.
 TILE = 32
@@ -49,13 +56,13 @@ class StepTime:
     def predict(self, pieces: Iterable[Piece]) -> float:
         """Seconds that a step of these pieces takes."""
         pieces = list(pieces)
-        kinds = {window: self.windows.count(window) for window in set(self.windows)}
         seconds = interpolate(self.tokens, sum(piece.length for piece in pieces))
-        seconds += interpolate(self.wanted, sum(piece.wanted for piece in pieces))
-        for piece in pieces:
-            for window, layers in kinds.items():
-                seconds += layers * self._attend(piece, window)
-        return seconds
+        return seconds + interpolate(self.wanted, sum(piece.wanted for piece in pieces)) + self.attend(pieces)
+
+    def attend(self, pieces: Iterable[Piece]) -> float:
+        """Seconds of attention alone."""
+        kinds = {window: self.windows.count(window) for window in set(self.windows)}
+        return sum(layers * self._attend(piece, window) for piece in pieces for window, layers in kinds.items())
 
     def scale(self, factor: float) -> StepTime:
         """The same with every second `factor` times as long."""
@@ -82,7 +89,8 @@ class StepTime:
         seen = count_seen(piece.start, piece.length, window)
         if piece.length > 1:
             return self.chunk * seen
-        shared = piece.shared if window is None else 0
+        # Of a shared prefix no more than is read at all: a policy may choose some of it.
+        shared = min(piece.shared, piece.start) if window is None else 0
         return self.own * (seen - shared) + self.shared * shared
 
 
@@ -97,8 +105,18 @@ def interpolate(table: Table, count: int) -> float:
 
 def describe_setting(model_hash: str, machine: str, resolved: dict[str, Any]) -> str:
     """For what a measurement holds: the model, the processor, and the settings that change a step's time."""
-    names = ("precision", "device", "kernels", "threads", "block_size", "kv")
-    return " ".join([model_hash[:16], machine, *(f"{name}={resolved[name]}" for name in names)])
+    return " ".join([model_hash[:16], machine, *(f"{name}={resolved[name]}" for name in MEASURED)])
+
+
+def spell_command(options: EngineOptions) -> str:
+    """The command that measures what steps take under these options; what has its default is left out."""
+    words = ["headrace", "bench", "steps"]
+    for each in fields(EngineOptions):
+        value, flag = getattr(options, each.name), each.name.replace("_", "-")
+        if each.name not in ASKED or value == each.default:
+            continue
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return shlex.join(words)
 
 
 def step_times_path() -> Path:

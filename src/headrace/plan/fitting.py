@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import Literal, NamedTuple
 
-from headrace.core import Request, SamplingParams
+import torch
+
+from headrace.core import Chunk, Request, SamplingParams
 from headrace.llm import LLM
 from headrace.meter.energy import EnergyCounter
-from headrace.meter.operations import count_seen
+from headrace.meter.operations import Piece
 from headrace.meter.peaks import ATTEMPTS, MOST_SCATTER, NoisyMachine, describe_machine
-from headrace.meter.step_time import StepTime, describe_setting, interpolate
-from headrace.options import EngineOptions
+from headrace.meter.step_time import StepTime, Table, describe_setting
 from headrace.plan.simulator import Memory, Simulator, Task
+from headrace.schedule.pieces import describe_pieces
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 WANTED = (1, 2, 4, 8, 16, 32, 64, 128)
 ROUNDS, SAMPLES = 2, 3
+# Of what is a difference of two measurements: of three the one in the middle knows nothing of a disturbed one.
+PAIR_ROUNDS = 3
 MOST_ERROR = 0.15
 SHORT, LONG = 16, 1024
 
 Tell = Callable[[str], None]
+
+
+class Probe(NamedTuple):
+    """Seconds of a step, and its pieces, as the meter and the simulator describe them."""
+
+    seconds: float
+    pieces: list[Piece]
 
 
 class Prober:
@@ -35,21 +46,24 @@ class Prober:
         self.engine = llm.engine
         self.context = llm.context_length
         self.limits = llm.engine.state.limits
+        self.layout = llm.engine.cache.layout
+        # What one step may compute of one prompt.
+        self.most_chunk = self.layout.most_chunk or llm.context_length
         self._draw = random.Random(0)
         self._names: list[str] = []
-        self._made = 0
 
     def text(self, length: int) -> tuple[int, ...]:
         return tuple(self._draw.randrange(self.engine.model.config.vocab_size) for _ in range(length))
 
     def add(self, prompt: tuple[int, ...], output: int) -> None:
-        self._made += 1
-        self._names.append(f"probe {self._made}")
+        self._names.append(f"probe {len(self._names)}")
         self.engine.add(Request(self._names[-1], prompt, SamplingParams(max_tokens=output, ignore_eos=True)))
 
     def step(self) -> float:
         began = time.perf_counter()
         self.engine.step()
+        if self.engine.cache.device != "cpu":
+            torch.cuda.synchronize()  # a step that chooses no token does not wait for its arithmetic
         return time.perf_counter() - began
 
     def limit(self, step_tokens: int) -> None:
@@ -61,20 +75,38 @@ class Prober:
         self._names.clear()
         self.engine.state.limits = self.limits
 
-    def time_chunk(self, length: int) -> float:
-        """Seconds of a chunk of so many tokens at the start of a prompt, no token chosen."""
-        return settle(lambda: self.time_chunks(length, 1)[0], f"chunks of {length} tokens")
+    def fits(self, tokens: int) -> bool:
+        """Whether a step may compute so many tokens without reaching a prompt's end."""
+        prompts = -(-tokens // self.most_chunk)
+        return prompts <= self.limits.max_sequences and min(tokens, self.most_chunk) + SHORT < self.context
+
+    def time_chunk(self, tokens: int) -> Probe:
+        """A step of so many tokens at the start of a prompt, or of several where the layout bounds its chunks."""
+        parts = [min(self.most_chunk, tokens - start) for start in range(0, tokens, self.most_chunk)]
+
+        def sample() -> float:
+            for _ in parts:
+                self.add(self.text(parts[0] + SHORT), 1)
+            return self._time_prompts(tokens, 1)[0]
+
+        return Probe(settle(sample, f"chunks of {tokens} tokens"), [Piece(0, part, 0, False) for part in parts])
 
     def time_chunks(self, length: int, chunks: int) -> list[float]:
         """Seconds of neighbouring chunks of one prompt."""
         self.add(self.text(length * chunks + SHORT), 1)
-        self.limit(length)
-        seconds = [self.step() for _ in range(chunks)]
+        return self._time_prompts(length, chunks)
+
+    def _time_prompts(self, tokens: int, steps: int) -> list[float]:
+        """Seconds of steps of so many tokens of the prompts that wait; none of them is computed to its end."""
+        before = self.engine.counters.computed_prompt_tokens
+        self.limit(tokens)
+        seconds = [self.step() for _ in range(steps)]
+        assert self.engine.counters.computed_prompt_tokens - before == tokens * steps
         self.clear()
         return seconds
 
-    def time_decode(self, sequences: int, context: int, shared: bool = False) -> float:
-        """Seconds of a step that gives each of these sequences a token; with a context that is one's own or all's."""
+    def time_decode(self, sequences: int, context: int, shared: bool = False) -> Probe:
+        """A step that gives each of these sequences a token; with a context that is one's own or all's."""
         prefix = self.text(context) if shared else ()
         # Prompts are computed at once, so that none has ended when the last one begins to generate.
         self.limit(sequences * (context + SHORT + 1))
@@ -82,10 +114,24 @@ class Prober:
             self.add((prefix or self.text(context)) + self.text(SHORT if shared else 1), ATTEMPTS * SAMPLES + 4)
         while any(each.output_length == 0 for each in self.engine.state.sequences.values()):
             self.engine.step()
-        seconds = settle(self.step, f"steps of {sequences} sequences at {context} tokens")
+        looked = []
+
+        def sample() -> float:
+            looked.append(self._look())
+            return self.step()
+
+        seconds = settle(sample, f"steps of {sequences} sequences at {context} tokens")
         assert len(self.engine.state.running) == sequences
         self.clear()
-        return seconds
+        # Contexts grow from step to step: those of the sample in the middle.
+        return Probe(seconds, looked[-1 - SAMPLES // 2])
+
+    def _look(self) -> list[Piece]:
+        """The next step of what runs, a token of each. What a policy leaves of a context, or chooses of it, is what
+        counts, as it does where a time is foreseen."""
+        state = self.engine.state
+        scheduled = [(Chunk(each.number, each.computed, 1), each) for each in state.running]
+        return describe_pieces(scheduled, self.layout, state.ledger.pool.references)
 
 
 def settle(sample: Callable[[], float], what: str) -> float:
@@ -106,8 +152,7 @@ def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
 
     Raises NoisyMachine where times scatter too much to be believed.
     """
-    prober, windows = Prober(llm), llm.engine.model.config.windows
-    energy, began = EnergyCounter(), time.perf_counter()
+    prober, energy, began = Prober(llm), EnergyCounter(), time.perf_counter()
     machine = describe_machine(llm.resolved["instruction_set"])
     found = StepTime(
         setting=describe_setting(llm.model_hash, machine, llm.resolved),
@@ -116,26 +161,12 @@ def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
         chunk=0.0,
         own=0.0,
         shared=0.0,
-        windows=windows,
+        windows=llm.engine.model.config.windows,
         error=0.0,
     )
     tell("warming up")
     prober.time_chunk(64)
-    found = replace(found, chunk=fit_chunk(prober, windows, tell))
-    lengths = [each for each in TOKENS if each + SHORT < prober.context]
-    seconds = time_forms(lengths, "chunks of {} tokens", prober.time_chunk, tell)
-    pairs = [count_pairs(windows, 0, length) for length in lengths]
-    tokens = [(n, each - found.chunk * seen) for n, each, seen in zip(lengths, seconds, pairs, strict=True)]
-    found = replace(found, tokens=tuple(tokens))
-    own, shared = (fit_context(prober, windows, name == "shared", tell) for name in ("own", "shared"))
-    found = replace(found, own=own, shared=shared)
-    counts = [each for each in WANTED if each <= prober.limits.max_sequences]
-    seconds = time_forms(counts, "{} sequences", lambda count: prober.time_decode(count, SHORT), tell)
-    rest = found.own * count_pairs(windows, SHORT, 1)
-    wanted = [
-        (n, max(0.0, each - interpolate(found.tokens, n) - n * rest)) for n, each in zip(counts, seconds, strict=True)
-    ]
-    found = replace(found, wanted=tuple(wanted))
+    found = fit_parts(prober, found, tell)
     tell("a small pile")
     # The least of rounds is what steps take at best: a pile says how far from it they are in the long run.
     found = found.scale(1 + run_check(llm, prober, found))
@@ -149,43 +180,102 @@ def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
     return replace(found, watts=None if joules is None else joules / (time.perf_counter() - began))
 
 
-def time_forms(sizes: list[int], what: str, measure: Callable[[int], float], tell: Tell) -> list[float]:
-    """Seconds of steps of growing size: of several rounds over all sizes the least, so that a moment in which something
-    else ran counts in none. A step never takes longer than a larger one."""
-    best = [math.inf] * len(sizes)
+def fit_parts(prober: Prober, found: StepTime, tell: Tell) -> StepTime:
+    """Everything but the error, each with what was found before it taken off."""
+    found = replace(found, chunk=fit_chunk(prober, found, tell))
+    found = replace(found, tokens=fit_tokens(prober, found, tell))
+    found = replace(found, own=fit_context(prober, found, "own", tell))
+    # Where no prefixes are shared no step will have such pairs.
+    sharing = prober.engine.state.ledger.prefix_cache
+    found = replace(found, shared=fit_context(prober, found, "shared", tell) if sharing else found.own)
+    return replace(found, wanted=fit_wanted(prober, found, tell))
+
+
+def fit_tokens(prober: Prober, found: StepTime, tell: Tell) -> Table:
+    """Seconds by tokens: of several rounds over all sizes the least, so that a moment in which something else ran
+    counts in none. A step never takes longer than a larger one."""
+    sizes = [each for each in TOKENS if prober.fits(each)]
+    rounds = []
     for turn in range(ROUNDS):
-        for place, size in enumerate(sizes):
-            tell(f"{what.format(size)}, round {turn + 1} of {ROUNDS}")
-            best[place] = min(best[place], measure(size))
-    return list(accumulate(reversed(best), min))[::-1]
+        for size in sizes:
+            tell(f"chunks of {size} tokens, round {turn + 1} of {ROUNDS}")
+            rounds.append(prober.time_chunk(size))
+    best = [min(rounds[place :: len(sizes)], key=lambda probe: probe.seconds) for place in range(len(sizes))]
+    least = list(accumulate((probe.seconds for probe in reversed(best)), min))[::-1]
+    return [(size, each - found.attend(probe.pieces)) for size, each, probe in zip(sizes, least, best, strict=True)]
 
 
-def fit_chunk(prober: Prober, windows: tuple[int | None, ...], tell: Tell) -> float:
+def fit_chunk(prober: Prober, found: StepTime, tell: Tell) -> float:
     """Seconds a pair of a token and one that it sees, in chunks: the slope over the chunks of a long prompt."""
-    length = min(512, prober.context // 8)
+    length = min(512, prober.context // 8, prober.most_chunk)
     tell("a long prompt")
     tries = [prober.time_chunks(length, 7) for _ in range(ROUNDS)]
     seconds = [min(times) for times in zip(*tries, strict=True)]
-    pairs = [count_pairs(windows, length * place, length) for place in range(7)]
+    pairs = [count_pairs(found, "chunk", [Piece(length * place, length, 0, False)]) for place in range(7)]
     return max(0.0, statistics.linear_regression(pairs, seconds).slope)
 
 
-def fit_context(prober: Prober, windows: tuple[int | None, ...], shared: bool, tell: Tell) -> float:
+def fit_context(prober: Prober, found: StepTime, kind: Literal["own", "shared"], tell: Tell) -> float:
     """Seconds a pair in steps of one token a sequence: over each one's own context, or over one that all read."""
     # A shared token costs far less than an own one: it takes many to be told from what a step varies by.
+    shared = kind == "shared"
     sequences, far = (min(64, prober.limits.max_sequences), 2 * LONG) if shared else (8, LONG)
     far = min(far, prober.context // 2)
     tell(f"contexts of {far} tokens")
     # In turn, so that what the machine does meanwhile counts for both.
     rounds = [[prober.time_decode(sequences, context, shared) for context in (SHORT, far)] for _ in range(ROUNDS)]
-    near_seconds, far_seconds = min(near for near, _ in rounds), min(far for _, far in rounds)
-    pairs = sequences * (count_pairs(windows, far, 1) - count_pairs(windows, SHORT, 1))
-    return max(0.0, far_seconds - near_seconds) / max(1, pairs)
+    low, high = (min(probes, key=lambda probe: probe.seconds) for probes in zip(*rounds, strict=True))
+    pairs = count_pairs(found, kind, high.pieces) - count_pairs(found, kind, low.pieces)
+    # A policy may read no more of a long context than of a short one.
+    return max(0.0, subtract(found, high, low)) / pairs if pairs > 0 else found.own
 
 
-def count_pairs(windows: tuple[int | None, ...], start: int, length: int) -> int:
-    """Pairs of a token and one that it sees, over all layers."""
-    return sum(count_seen(start, length, window) for window in windows)
+def fit_wanted(prober: Prober, found: StepTime, tell: Tell) -> Table:
+    """Seconds by rows whose next token is chosen: what a step of such rows takes beyond a chunk of as many tokens."""
+
+    def measure(count: int, turn: int) -> tuple[Probe, Probe]:
+        tell(f"{count} sequences, round {turn + 1} of {PAIR_ROUNDS}")
+        # Beside each other: a difference of two moments a minute apart would be the machine's.
+        return prober.time_decode(count, SHORT), prober.time_chunk(count)
+
+    counts = [each for each in WANTED if each <= prober.limits.max_sequences and prober.fits(each)]
+    rounds = [[measure(count, turn) for count in counts] for turn in range(PAIR_ROUNDS)]
+    pairs = list(zip(*rounds, strict=True))
+    seconds = [statistics.median(decode.seconds for decode, _ in each) for each in pairs]
+    more = [statistics.median(subtract(found, decode, chunk) for decode, chunk in each) for each in pairs]
+    first, each_row = fit_line(counts, more, seconds)
+    return [(count, first + each_row * count) for count in (1, WANTED[-1])]
+
+
+def fit_line(rows: Sequence[int], more: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Seconds a step and seconds a row, neither below 0, that so `more` seconds in steps of so many `seconds` come to.
+
+    A line, because choosing is the product with the head, which reads its weights once and then costs the same for each
+    row. By least squares of errors as shares of the whole step: by such shares measurements err.
+    """
+    whole = torch.tensor(seconds, dtype=torch.float64)
+    equations = torch.stack([torch.ones_like(whole), torch.tensor(rows)], 1) / whole[:, None]
+    wanted = torch.tensor(more, dtype=torch.float64)[:, None] / whole[:, None]
+    lines = []
+    # Where the best line goes below 0, the best of those that do not has one of both at 0.
+    for columns in ([0, 1], [0], [1]):
+        line = torch.zeros(2, 1, dtype=whole.dtype)
+        line[columns] = torch.linalg.lstsq(equations[:, columns], wanted).solution.clamp(min=0)
+        lines.append(line)
+    first, each = min(lines, key=lambda line: float((equations @ line - wanted).square().sum())).flatten().tolist()
+    return first, each
+
+
+def subtract(found: StepTime, more: Probe, less: Probe) -> float:
+    """By how many seconds one step took longer than another, what is known of attention taken off both."""
+    return more.seconds - found.attend(more.pieces) - (less.seconds - found.attend(less.pieces))
+
+
+def count_pairs(found: StepTime, kind: Literal["chunk", "own", "shared"], pieces: Sequence[Piece]) -> float:
+    """Pairs of one kind of a token and one that it sees, over all layers: the seconds of a machine on which each takes
+    one, so that they are counted here as where a time is foreseen."""
+    chunk, own, shared = (float(kind == each) for each in ("chunk", "own", "shared"))
+    return replace(found, chunk=chunk, own=own, shared=shared).attend(pieces)
 
 
 def run_check(llm: LLM, prober: Prober, found: StepTime) -> float:
@@ -197,10 +287,7 @@ def run_check(llm: LLM, prober: Prober, found: StepTime) -> float:
     while llm.engine.unfinished:
         llm.engine.step()
     seconds = time.perf_counter() - began
-    memory = Memory.of_engine(llm.engine)
-    names = EngineOptions.__dataclass_fields__
-    options = EngineOptions(**{name: value for name, value in llm.resolved.items() if name in names})
-    return seconds / Simulator(options, memory, found).run(tasks).seconds - 1
+    return seconds / Simulator(llm.options, Memory.of_engine(llm.engine), found).run(tasks).seconds - 1
 
 
 def make_pile(prober: Prober) -> Iterator[Task]:

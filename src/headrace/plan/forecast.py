@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from zlib import crc32
 
 from headrace.meter.step_time import StepTime, interpolate
 from headrace.options import EngineOptions
 from headrace.plan.reuse import count_distinct, count_least_recently_used
 from headrace.plan.simulator import Memory, Simulated, Simulator, Task
+from headrace.schedule.prefixes import pack
 
 # A forecast is never called surer than this: machines differ from one minute to the next.
 LEAST_ERROR = 0.10
@@ -20,9 +22,9 @@ LEAST_ERROR = 0.10
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of a whole pile. Tokens count once a continuation.
+    """Of a whole pile. Tokens count once a continuation; of what is refused none do.
 
-    refused          requests too long for the KV memory
+    refused          of the requests, those that the engine refuses as too long
     prompt_tokens, output_tokens   what rows bring and what they are taken to generate (`outputs_known`: exactly)
     optimum_tokens   prompt tokens that must be computed if nothing computed were ever forgotten
     arrival_tokens   those that a least-recently-used cache of the KV budget computes in the order of the file
@@ -60,6 +62,8 @@ def forecast(
     most_steps: int | None = None,
 ) -> Forecast:
     """Simulate the tasks, at most so many steps of them, and count what sharing saves."""
+    requests = len(tasks)
+    tasks = [task for task in tasks if not memory.refuses(task.request)]
     found = Simulator(options, memory, step_time).run(tasks, most_steps)
     share = measure_share(tasks, found, step_time)
     prompts = list(chain.from_iterable([task.request.prompt_token_ids] * task.request.params.n for task in tasks))
@@ -68,8 +72,8 @@ def forecast(
     seconds = None if step_time is None else found.seconds / share
     planned = total - round(found.cached_prompt_tokens / share)
     return Forecast(
-        requests=len(tasks),
-        refused=found.refused,
+        requests=requests,
+        refused=requests - len(tasks),
         prompt_tokens=total,
         output_tokens=outputs,
         outputs_known=outputs_known,
@@ -104,14 +108,17 @@ def measure_share(tasks: Sequence[Task], found: Simulated, step_time: StepTime |
     return min(1.0, max(done, 1e-9) / work)
 
 
-def count_arrival(prompts: Sequence[tuple[int, ...]], memory: Memory) -> int:
-    """Prompt tokens computed in the order of arrival with a least-recently-used cache of the whole KV budget."""
+def count_arrival(prompts: Sequence[Sequence[int]], memory: Memory) -> int:
+    """Prompt tokens computed in the order of arrival with a least-recently-used cache of the whole KV budget.
+
+    Blocks are told apart by 31 bits of a checksum of their tokens, after equal blocks before them: a count can bear
+    that one in a thousand million is taken for another.
+    """
     size = memory.layout.block_size
-    numbers: dict[tuple[int, ...], int] = {}
     blocks = []
-    for prompt in prompts:
+    for prompt in map(pack, prompts):
         # The last token is always computed: without it there is nothing to choose the next one from.
         whole = range(0, (len(prompt) - 1) // size * size, size)
-        blocks.append([numbers.setdefault(prompt[start : start + size], len(numbers)) for start in whole])
+        blocks.append(pack(crc32(prompt[start : start + size]) & 0x7FFFFFFF for start in whole))
     found = sum(map(len, blocks)) - count_least_recently_used(blocks, memory.num_blocks // len(memory.layout.groups))
     return sum(map(len, prompts)) - found * size

@@ -11,22 +11,22 @@ Automatic prefix caches are described by vLLM (its design page on automatic pref
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from headrace.schedule.prefixes import WIDTH, count_common, pack
+from headrace.schedule.prefixes import count_common, pack
 
 
 def count_distinct(rows: Iterable[Sequence[int]]) -> int:
     """Symbols to compute if nothing computed is ever forgotten: no order and no cache needs fewer.
 
     These are the nodes of the trie of all rows. Among sorted rows, a row adds to the trie what it does not share with
-    the row before it. Any order of the symbols serves, so the packed bytes are compared.
+    the row before it.
     """
-    packed = sorted(map(pack, rows))
-    count, previous = 0, b""
-    for row in packed:
-        count += len(row) // WIDTH - count_common(previous, row)
+    count, previous = 0, pack(())
+    for row in sorted(map(pack, rows)):
+        count += len(row) - count_common(previous, row)
         previous = row
     return count
 
@@ -41,7 +41,7 @@ def count_least_recently_used(rows: Iterable[Sequence[int]], capacity: int) -> i
     cache, the beginning is kept.
     """
     cache = PrefixCache(capacity)
-    return sum(cache.run(pack(row)) for row in rows) // WIDTH
+    return sum(cache.run(pack(row)) for row in rows)
 
 
 class Segment:
@@ -49,12 +49,12 @@ class Segment:
 
     __slots__ = ("children", "parent", "symbols")
 
-    def __init__(self, parent: Segment | None, symbols: bytes) -> None:
+    def __init__(self, parent: Segment | None, symbols: array[int]) -> None:
         self.parent = parent
         self.symbols = symbols
-        self.children: dict[bytes, Segment] = {}
+        self.children: dict[int, Segment] = {}
         if parent is not None:
-            parent.children[symbols[:WIDTH]] = self
+            parent.children[symbols[0]] = self
 
 
 class PrefixCache:
@@ -67,47 +67,47 @@ class PrefixCache:
     def __init__(self, capacity: int) -> None:
         if capacity < 0:
             raise ValueError(f"a cache cannot hold {capacity} symbols")
-        self.free_bytes = capacity * WIDTH
-        self.root = Segment(None, b"")
+        self.free = capacity
+        self.root = Segment(None, pack(()))
         self.recent: OrderedDict[Segment, None] = OrderedDict()
 
-    def run(self, row: bytes) -> int:
-        """Put a packed row into the cache; how many of its bytes were not there."""
+    def run(self, row: array[int]) -> int:
+        """Put a packed row into the cache; how many of its symbols were not there."""
         path, found = self._find(row)
         if found < len(row):
             path.append(Segment(path[-1], row[found:]))
-            self.free_bytes -= len(row) - found
+            self.free -= len(row) - found
         for segment in reversed(path[1:]):
             self.recent[segment] = None
             self.recent.move_to_end(segment)
-        while self.free_bytes < 0:
+        while self.free < 0:
             self._evict()
         return len(row) - found
 
-    def _find(self, row: bytes) -> tuple[list[Segment], int]:
-        """The segments from the root on that make up the row's longest cached prefix, and its length in bytes."""
+    def _find(self, row: array[int]) -> tuple[list[Segment], int]:
+        """The segments from the root on that make up the row's longest cached prefix, and its length."""
         path, found = [self.root], 0
-        while (child := path[-1].children.get(row[found : found + WIDTH])) is not None:
+        while found < len(row) and (child := path[-1].children.get(row[found])) is not None:
             length = len(child.symbols)
-            shared = count_common(child.symbols, row[found : found + length]) * WIDTH
+            shared = count_common(child.symbols, row[found : found + length])
             path.append(child if shared == length else self._split(child, shared))
             found += shared
         return path, found
 
     def _split(self, lower: Segment, length: int) -> Segment:
-        """Cut the first bytes off a segment, which keeps its place in `recent`, into a parent of its own."""
+        """Cut the first symbols off a segment, which keeps its place in `recent`, into a parent of its own."""
         upper = Segment(lower.parent, lower.symbols[:length])
         lower.parent, lower.symbols = upper, lower.symbols[length:]
-        upper.children[lower.symbols[:WIDTH]] = lower
+        upper.children[lower.symbols[0]] = lower
         return upper
 
     def _evict(self) -> None:
         """Drop the end of the leaf used longest ago, as much of it as must go."""
         leaf = next(iter(self.recent))
-        length = max(len(leaf.symbols) + self.free_bytes, 0)
-        self.free_bytes += len(leaf.symbols) - length
+        length = max(len(leaf.symbols) + self.free, 0)
+        self.free += len(leaf.symbols) - length
         if length == 0:
             del self.recent[leaf]
             assert leaf.parent is not None
-            del leaf.parent.children[leaf.symbols[:WIDTH]]
+            del leaf.parent.children[leaf.symbols[0]]
         leaf.symbols = leaf.symbols[:length]

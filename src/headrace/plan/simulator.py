@@ -20,9 +20,10 @@ from headrace.options import EngineOptions
 from headrace.schedule.apply import advance, apply, arrange, finish
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.pieces import describe_pieces
+from headrace.schedule.prefixes import pack
 from headrace.schedule.state import SchedulerState
 from headrace.schedule.step import plan_step
-from headrace.schedule.window import Window
+from headrace.schedule.window import Window, weigh
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,21 @@ class Memory:
         cache = engine.cache
         return cls(cache.layout, cache.num_blocks, engine.context_length)
 
+    def refuses(self, request: Request) -> bool:
+        """Whether the engine would refuse it, as too long: by the most that it may generate, not by what it will."""
+        prompt = len(request.prompt_token_ids)
+        if not prompt or prompt + request.generates > self.context_length:
+            return True
+        most = min(prompt + (request.params.max_tokens if request.generates else 0), self.context_length)
+        return self.layout.blocks_for(most, prompt=prompt) > self.num_blocks
+
 
 @dataclass(slots=True)
 class Simulated:
     """What a simulated run took. timeline: a step's [start, seconds, prompt tokens, output tokens, sequences].
 
-    `tasks` were finished, `refused` are too long for the memory; where the simulation was cut short, `left` were not.
+    `tasks` were finished, `refused` are those that the engine would refuse; where the simulation was cut short, `left`
+    are those that were not finished.
     """
 
     seconds: float = 0.0
@@ -82,6 +92,7 @@ class Simulator:
         step_time: StepTime | None,
         watch: Callable[[StepPlan], None] | None = None,
     ) -> None:
+        self.memory = memory
         self.state = SchedulerState.create(memory.layout, memory.num_blocks, options, memory.context_length)
         self.schedule = SCHEDULES[options.schedule]()
         self.step_time = step_time
@@ -89,7 +100,7 @@ class Simulator:
         self.found = Simulated()
         self._tasks: dict[int, Task] = {}
         self._open: dict[str, int] = {}
-        self._tokens = 0
+        self._held = 0
         self._numbers = count()
         # Tokens that no prompt has, each used once: what one row says no other row finds in the cache.
         self._invented = count(-1, -1)
@@ -99,7 +110,7 @@ class Simulator:
         window, supply = Window(self.state, self.schedule), iter(tasks)
         more = True
         while (more or self.state.sequences) and self.found.steps != most_steps:
-            while more and window.wants(self._tokens):
+            while more and window.wants(self._held):
                 more = self._add(supply)
             self._step()
         self.found.windows = window.filled + (not more and window.filling)
@@ -112,17 +123,16 @@ class Simulator:
         task = next(supply, None)
         if task is None:
             return False
-        request, ledger = task.request, self.state.ledger
-        prompt = len(request.prompt_token_ids)
-        if not prompt or ledger.layout.blocks_for(prompt + task.output, prompt=prompt) > ledger.num_blocks:
+        request = task.request
+        if self.memory.refuses(request):
             self.found.refused += 1
             return True
         for index in range(request.params.n):
-            sequence = Sequence(request, index, next(self._numbers), list(request.prompt_token_ids))
+            sequence = Sequence(request, index, next(self._numbers), pack(request.prompt_token_ids))
             self._tasks[sequence.number] = task
             self.state.add(sequence)
         self._open[request.id] = request.params.n
-        self._tokens += len(request.prompt_token_ids)
+        self._held += weigh(request)
         return True
 
     def _step(self) -> None:
@@ -151,14 +161,17 @@ class Simulator:
         if sequence.request.generates:
             sequence.tokens.append(next(self._invented))
             self.found.output_tokens += 1
-        if not sequence.request.generates or sequence.output_length >= self._tasks[sequence.number].output:
+        # As in the engine, an output ends at its max_tokens and with the context, whatever the task says.
+        most = min(sequence.max_length, self.memory.context_length)
+        said = sequence.output_length >= self._tasks[sequence.number].output or len(sequence.tokens) >= most
+        if said or not sequence.request.generates:
             finish(sequence, self.state)
             del self._tasks[sequence.number]
             name = sequence.request.id
             self._open[name] -= 1
             if self._open[name] == 0:
                 del self._open[name]
-                self._tokens -= sequence.prompt_length
+                self._held -= weigh(sequence.request)
                 self.found.tasks += 1
 
     def _count(self, pieces: list[Piece], seconds: float) -> None:

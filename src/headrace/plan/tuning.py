@@ -18,6 +18,7 @@ from headrace.checkpoint import Checkpoint
 from headrace.core import InputError, Request, SamplingParams
 from headrace.llm import LLM
 from headrace.meter.peaks import count_cores
+from headrace.meter.step_time import spell_command
 from headrace.options import EngineOptions
 from headrace.plan.simulator import Simulator, Task
 from headrace.plan.site import open_site
@@ -65,7 +66,7 @@ def rank_simulated(options: EngineOptions, checkpoint: Checkpoint, tell: Tell) -
     """The settings of a step that a simulated pile likes best."""
     site = open_site(options, checkpoint)
     if site.step_time is None:
-        raise InputError("tuning begins with simulations: measure what steps take first, with `headrace bench steps`")
+        raise InputError(f"tuning begins with simulations: measure what steps take first: `{spell_command(options)}`")
     tasks, found = list(make_pile(512, site.memory.context_length)), []
     for step_tokens, most in product(STEP_TOKENS, MAX_SEQUENCES):
         tell(f"simulating {step_tokens} tokens a step, {most} sequences")

@@ -11,7 +11,7 @@ from headrace.meter.report import format_bytes, format_seconds
 def headline(values: Mapping[str, Any]) -> str:
     """One sentence: how long, and how sure that is."""
     if values["seconds"] is None:
-        return "No forecast of the time: `headrace bench steps` measures this machine in one to three minutes."
+        return f"No forecast of the time: `{values['measure']}` measures this machine in one to three minutes."
     most = "" if values["outputs_known"] else " at most, were every output as long as assumed"
     return f"{format_time(values)}{most}."
 
@@ -37,7 +37,7 @@ def format_forecast(values: Mapping[str, Any]) -> str:
         ("output", f"{values['output_tokens']:,} tokens{known}"),
         ("KV memory", f"{format_bytes(values['kv_peak_bytes'])} at most, of {format_bytes(values['kv_budget_bytes'])}"),
         ("steps", f"{values['steps']:,} with {values['preemptions']:,} preemptions, {count_windows(values)}"),
-        ("time", "not known: `headrace bench steps` measures this machine in one to three minutes"),
+        ("time", f"not known: `{values['measure']}` measures this machine in one to three minutes"),
         ("settings", ", ".join(f"{name} {settings[name]}" for name in settings)),
     ]
     if values["seconds"] is not None:
@@ -61,9 +61,10 @@ def format_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
         memory = f"{format_bytes(row['kv_peak_bytes'])} of {format_bytes(row['kv_budget_bytes'])}"
         table.append((row["name"], time, memory, f"{row['preemptions']:,}", f"{row['planned_tokens']:,}"))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    # Several rows may want the same measurement.
+    wanted = dict.fromkeys(row["measure"] for row in rows if row["impossible"] is None and row["measure"] is not None)
+    return "\n".join([*lines, *(f"not measured yet: {command}" for command in wanted)])
 
 
 def share(part: int, whole: int) -> str:
@@ -77,7 +78,7 @@ def count_windows(values: Mapping[str, Any]) -> str:
 def describe_forecast(found: Mapping[str, Any]) -> str:
     """One line before a run."""
     if found["seconds"] is None:
-        return "no forecast: `headrace bench steps` measures what steps take here, once and in one to three minutes"
+        return f"no forecast: `{found['measure']}` measures what steps take here, once and in one to three minutes"
     most = "" if found["outputs_known"] else "at most "
     tokens = f"{found['prompt_tokens']:,.0f} prompt tokens, {found['planned_tokens']:,.0f} of them to compute"
     return f"forecast: {most}{format_time(found)}; {tokens}"

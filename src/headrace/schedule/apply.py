@@ -53,7 +53,8 @@ def apply(plan: StepPlan, state: SchedulerState) -> None:
 
     What is admitted comes first, so that nothing of its hits is evicted where the preempted let go of them. A preempted
     sequence forgets what it computed, not what it generated. `cached_tokens` is what its first admission found in the
-    prefix tree; what it finds again after a preemption is its own work and is not counted.
+    prefix tree; what it finds again after a preemption is its own work and is not counted. From its first admission on
+    a sequence has its tokens to itself.
     """
     for admission in plan.admit:
         sequence = state.find(admission.sequence)
@@ -62,6 +63,7 @@ def apply(plan: StepPlan, state: SchedulerState) -> None:
         state.ledger.admit(sequence, admission.cached)
         sequence.computed = admission.cached
         if sequence.preemptions == 0:
+            sequence.tokens = sequence.tokens[:]
             sequence.cached_tokens = admission.cached
     for number in plan.preempt:
         sequence = state.find(number)

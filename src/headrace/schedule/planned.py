@@ -10,12 +10,13 @@ from headrace.schedule.state import SchedulerState
 
 
 class Planned:
-    """The order of `schedule.prefixes` over a window of the pile.
+    """The order of `schedule.prefixes` over a window of the pile: all of it, if `window_bytes` hold it.
 
     What is left of the window before goes first, so nothing is overtaken by more than its own window.
     """
 
-    window: int | None = 16_384
+    # As many as there is memory for.
+    window: int | None = 2**24
 
     def arrange(self, waiting: Rows[Sequence], state: SchedulerState) -> list[Sequence]:
         """See `Schedule.arrange`."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
-WIDTH = array("i").itemsize
-
 
 class Branch:
     """Rows that begin with the same `depth` tokens, or one row (`row` is its place in the pile, else -1).
@@ -45,19 +43,19 @@ class Branch:
         return self.decode / max(1, self.depth - above + self.prefill)
 
 
-def pack(tokens: Iterable[int]) -> bytes:
-    """Tokens as bytes of equal width: equal prefixes stay equal prefixes, and comparing is fast."""
-    return array("i", tokens).tobytes()
+def pack(tokens: Iterable[int]) -> array[int]:
+    """Tokens, 4 bytes each; themselves if they are packed. Raises OverflowError for one that takes more."""
+    return tokens if isinstance(tokens, array) and tokens.typecode == "i" else array("i", tokens)
 
 
-def count_common(one: bytes, other: bytes) -> int:
-    """Tokens at the start of both packed rows."""
-    low, high = 0, min(len(one), len(other)) // WIDTH
-    if one[: high * WIDTH] == other[: high * WIDTH]:
+def count_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens at the start of both rows."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
         return high
     while high - low > 1:
         middle = (low + high) // 2
-        if one[low * WIDTH : middle * WIDTH] == other[low * WIDTH : middle * WIDTH]:
+        if one[low:middle] == other[low:middle]:
             low = middle
         else:
             high = middle
@@ -65,13 +63,13 @@ def count_common(one: bytes, other: bytes) -> int:
 
 
 def grow_tree(
-    rows: Sequence[bytes], decode: Sequence[float], unit: int = 1, owners: Sequence[str] | None = None
+    rows: Sequence[array[int]], decode: Sequence[float], unit: int = 1, owners: Sequence[str] | None = None
 ) -> Branch:
     """The tree of packed rows; `decode` is what each is expected to generate. Prefixes are shared in whole `unit`s.
 
-    Rows of different `owners`, where those are given, share nothing. Each owner's are sorted by their bytes, so those
+    Rows of different `owners`, where those are given, share nothing. Each owner's are sorted by their tokens, so those
     that share a prefix are neighbours, and the tree follows from what each has in common with the next: O(n log n)
-    comparisons of bytes, no node a token.
+    comparisons of packed rows as they lie, no node and no object a token.
     """
     places = sorted(range(len(rows)), key=rows.__getitem__)
     if owners is not None:
@@ -93,7 +91,7 @@ def grow_tree(
             common = count_common(row, rows[after]) // unit * unit
         if common > path[-1].depth:
             path.append(Branch(common))
-        path[-1].add(Branch(len(row) // WIDTH, place, decode[place]))
+        path[-1].add(Branch(len(row), place, decode[place]))
     while len(path) > 1:
         closed = path.pop()
         path[-1].add(closed)
@@ -103,26 +101,29 @@ def grow_tree(
 def order_rows(root: Branch, tail: int = 0) -> list[int]:
     """Places of the rows, depth-first, branches with more decoding for their prefill first, else the earlier one.
 
-    The last branches of the root, with `tail` rows or more together, go by their longest output instead: a long row
-    that started last would run alone.
+    Branches that lie wholly within the last `tail` rows go by their longest output instead: a long row that started
+    last would run alone.
     """
     order: list[int] = []
-    stack = arrange_tail(rank(root), tail)[::-1]
+    stack = [(root, 0)]
     while stack:
-        branch = stack.pop()
+        branch, after = stack.pop()
         if branch.row >= 0:
             order.append(branch.row)
-        stack.extend(reversed(rank(branch)))
+        stack.extend(rank(branch, after, tail))
     return order
 
 
-def rank(branch: Branch) -> list[Branch]:
-    return sorted(branch.branches, key=lambda each: (-each.ratio(branch.depth), each.first))
-
-
-def arrange_tail(branches: list[Branch], tail: int) -> list[Branch]:
-    start, rows = len(branches), 0
-    while start and rows < tail:
+def rank(branch: Branch, after: int, tail: int) -> list[tuple[Branch, int]]:
+    """The branches of one that `after` rows follow, each with how many rows follow it; the last one first."""
+    ranked = sorted(branch.branches, key=lambda each: (-each.ratio(branch.depth), each.first))
+    start, rows = len(ranked), after
+    while start and rows + ranked[start - 1].rows <= tail:
         start -= 1
-        rows += branches[start].rows
-    return branches[:start] + sorted(branches[start:], key=lambda each: (-each.longest, each.first))
+        rows += ranked[start].rows
+    ranked[start:] = sorted(ranked[start:], key=lambda each: (-each.longest, each.first))
+    found = []
+    for each in reversed(ranked):
+        found.append((each, after))
+        after += each.rows
+    return found

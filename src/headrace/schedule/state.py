@@ -48,7 +48,8 @@ class SchedulerState:
     background after all foreground; those that came since it was asked stand at the end, and `arrived` says that there
     are some; `arranged` is the highest number that it has seen. `running` is in the order of admission. `background`
     counts the sequences of background requests, `background_computed` the tokens that any were given so far. `programs`
-    has the number of each program's first sequence, for the 4096 that had a turn last.
+    has the number of each program's first sequence, for the 4096 that had a turn last. `window_bytes` bounds what waits
+    to be planned together.
     """
 
     ledger: KVLedger
@@ -62,6 +63,7 @@ class SchedulerState:
     background: int = 0
     background_computed: int = 0
     programs: OrderedDict[Program, int] = field(default_factory=OrderedDict)
+    window_bytes: int = EngineOptions.window_bytes
 
     @classmethod
     def create(
@@ -74,7 +76,8 @@ class SchedulerState:
         """An empty state over a pool of `num_blocks` blocks; no sequence will grow beyond `context_length` tokens."""
         ledger = KVLedger(layout, num_blocks, options.prefix_cache, options.prefix_retain_bytes // layout.block_bytes)
         lengths = ADMISSIONS[options.admission](context_length)
-        return cls(ledger, Limits(options.step_tokens, options.max_sequences), lengths)
+        limits = Limits(options.step_tokens, options.max_sequences)
+        return cls(ledger, limits, lengths, window_bytes=options.window_bytes)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that fits the pool alone (`layout.blocks_for`): the caller refuses any other. Numbers rise.

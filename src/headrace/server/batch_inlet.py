@@ -15,11 +15,10 @@ from queue import Empty, SimpleQueue
 from headrace.core import HeadraceError, Request, RowError
 from headrace.engine.outputs import RequestOutput
 from headrace.meter.stopwatch import Stopwatch
-from headrace.schedule.window import MOST_TOKENS
 from headrace.server.worker import Worker
 
-# Rows that the schedule sees at once, to find which of them share a prefix.
-WINDOW = 2048
+# Rows, and memory for them, that the schedule sees at once, to find which of them share a prefix.
+WINDOW, WINDOW_BYTES = 2048, 96 * 2**20
 # How often a request may be lost with a step that failed, before it is tried with none of its batch beside it.
 TRIES = 2
 # Seconds to wait for the end of the worker's step; after that it is taken to be gone.
@@ -82,13 +81,13 @@ class WorkerInlet:
         name = f"{self._batch_id}/{request.id}"
         self._gathered.append(replace(request, id=name, params=params, background=True, owner=self._owner))
 
-    def wants(self, held_tokens: int) -> bool:
+    def wants(self, held_bytes: int) -> bool:
         """See Inlet."""
         present = len(self._away) + len(self._gathered)
         if self._filling:
-            self._filling = present == 0 or (present < max(WINDOW, self._few) and held_tokens < MOST_TOKENS)
+            self._filling = present == 0 or (present < max(WINDOW, self._few) and held_bytes < WINDOW_BYTES)
         else:
-            self._filling = present == 0 or (present < self._few and held_tokens < MOST_TOKENS // 2)
+            self._filling = present == 0 or (present < self._few and held_bytes < WINDOW_BYTES // 2)
         return self._filling and not self._isolating
 
     @property

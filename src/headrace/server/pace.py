@@ -15,7 +15,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.core import Sequence
 from headrace.engine.engine import Engine
 from headrace.engine.loading import choose
-from headrace.meter.step_time import StepTime, describe_setting, load_step_time
+from headrace.meter.step_time import StepTime, describe_setting, load_step_time, spell_command
 from headrace.options import EngineOptions, ServeOptions
 from headrace.schedule.state import Limits
 from headrace.server.patience import Patience
@@ -69,7 +69,8 @@ class Pace:
         if self._measured is not None:
             return replace(options, step_tokens=self._measured.most_tokens(self._serve.itl_target, most))
         most = min(UNMEASURED, most)
-        LOG.warning("steps of %s hold %d tokens: `headrace bench steps` measures how many fit", options.model, most)
+        command = spell_command(choice.options)
+        LOG.warning("steps of %s hold %d tokens: `%s` measures how many fit", options.model, most, command)
         return replace(options, step_tokens=most)
 
     def take(self, engine: Engine) -> None:

@@ -84,7 +84,7 @@ class Driver:
         return added
 
     def abort(self, sequence: Sequence) -> None:
-        abort(sequence, self.state)
+        abort([sequence], self.state)
 
     def prepare(self) -> None:
         """What an engine does before it plans."""

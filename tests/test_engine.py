@@ -11,6 +11,8 @@ import pytest
 from tiny import make_tiny_model
 
 from headrace import LLM, Constraint, RequestOutput, SamplingParams
+from headrace.cache.checks import check_ledger
+from headrace.core import Request
 
 
 def open_model(folder: Path, **options: Any) -> LLM:
@@ -134,6 +136,24 @@ def test_leaving_a_stream_early_frees_its_work(llm: LLM) -> None:
     stream.close()  # type: ignore[attr-defined]
     assert llm.engine.unfinished == 0 and llm.engine.state.ledger.used_blocks == 0
     assert len(llm.generate("x", SamplingParams(max_tokens=2))[0].outputs[0].token_ids) <= 2
+
+
+def test_what_waits_and_what_runs_is_aborted_at_once_and_the_rest_goes_on(llm: LLM) -> None:
+    engine, params = llm.engine, SamplingParams(max_tokens=12, ignore_eos=True, n=2)
+    prompts = make_prompts(300)
+    (alone,) = llm.generate([prompts[7]], params)
+    for place, prompt in enumerate(prompts):
+        engine.add(Request(str(place), prompt, params))
+    for _ in range(3):
+        engine.step()
+    assert engine.state.running and engine.waiting
+    engine.abort_all([*(str(place) for place in range(300) if place != 7), "nobody's"])
+    assert engine.unfinished == 1 and len(engine.state.sequences) == 2
+    outputs = []
+    while engine.unfinished:
+        outputs += engine.step()
+    assert [each.token_ids for each in outputs[0].outputs] == [each.token_ids for each in alone.outputs]
+    check_ledger(engine.state.ledger, [])
 
 
 def test_stop_strings_across_token_borders(llm: LLM) -> None:

@@ -263,6 +263,8 @@ def test_time_to_go_weighs_rows_by_their_tokens() -> None:
         "30/100 rows (30%), 0 errors | 91 prompt + 9 output tokens/s | 25% of prompts cached | "
         "KV 1.0 MiB of 2.0 MiB | 33.0 s, 55.0 s to go"
     )
+    slow = measure(state, Counters(computed_prompt_tokens=3000, output_tokens=300), phases, 93.0, before=60.0)
+    assert slow["elapsed_s"] == 93.0 and slow["eta_s"] == 55.0, "reading is done once"
     reading = State(rows_total=100, rows_done=20, errors=0, rows_before=20, flow=flow)
     assert format_progress(measure(reading, Counters(), none, 6.0)) == "60/100 rows read, 6.0 s"
 

@@ -16,7 +16,7 @@ from step_times import TIMES
 
 import headrace.engine.engine as engine_module
 from headrace.cli import main
-from headrace.core import InputError, Request, RowError, SamplingParams, StepPlan
+from headrace.core import Constraint, InputError, Request, RowError, SamplingParams, StepPlan
 from headrace.job.intake import read_ask
 from headrace.job.pile import Expectation, make_pile
 from headrace.job.planning import list_threads, plan_job
@@ -32,7 +32,7 @@ from headrace.plan.forecast import LEAST_ERROR, forecast
 from headrace.plan.simulator import Memory, Simulator, Task
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.planned import Planned
-from headrace.schedule.window import Window, count_bytes
+from headrace.schedule.window import BIAS_BYTES, GRAMMAR_TIMES, Held, Window, count_bytes
 
 
 def make_requests(count: int) -> list[Request]:
@@ -248,6 +248,24 @@ def test_a_window_is_filled_at_once_and_again_when_few_are_left() -> None:
     assert not window.wants(2**20), "rows that wait for an equal one's answer are in no queue"
     driver.state.sequences.clear()
     assert window.wants(2**20), "one row may be larger than the memory for a window"
+
+
+def test_what_is_held_is_given_back_and_a_grammar_counts_once() -> None:
+    def ask(name: str, words: str | None = None, **more: Any) -> Request:
+        constraint = None if words is None else Constraint("choice", words)
+        return Request(name, [5] * 100, SamplingParams(constraint=constraint, **more))
+
+    held, plain, grammar = Held(), count_bytes(100), GRAMMAR_TIMES * len('["a", "b"]')
+    sizes = []
+    requests = [ask("1"), ask("2", '["a", "b"]'), ask("3", '["a", "b"]'), ask("4", n=3), ask("5", logit_bias={7: 1.0})]
+    for request in requests:
+        before = held.bytes
+        held.take(request, beside=10)
+        sizes.append(held.bytes - before - 10)
+    assert sizes == [plain, plain + grammar, plain, count_bytes(100, 3), plain + BIAS_BYTES]
+    for request in requests:
+        held.give_back(request, beside=10)
+    assert held.bytes == 0
 
 
 def test_what_outputs_are_taken_to_be(tiny_model: Path) -> None:

@@ -20,7 +20,7 @@ from headrace.meter.bar import show_progress
 from headrace.meter.report import describe_run
 from headrace.options import DEFAULT_MODEL, EngineOptions
 from headrace.schedule.prefixes import pack
-from headrace.schedule.window import Window, weigh
+from headrace.schedule.window import Held, Window
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -110,8 +110,9 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Like generate, but each answer comes as soon as it is finished; `request_id` is the prompt's place.
 
-        Prompts may be any iterable: it is read only as far ahead as the engine needs. Leaving the loop early drops
-        the rest. One call at a time: raises ValueError while another stream of this LLM is unfinished.
+        Of prompts in a list as many are read at once as `window_bytes` hold, to be planned together; any other iterable
+        is read only as far ahead as will run soon. Leaving the loop early drops the rest. One call at a time: raises
+        ValueError while another stream of this LLM is unfinished.
         """
         self._require_ready()
         params = params if params is not None else SamplingParams()
@@ -245,30 +246,29 @@ class LLM:
     def _run(self, requests: Iterator[tuple[Request, str | None]], lazy: bool = False) -> Iterator[RequestOutput]:
         """Keep the engine supplied and yield its answers; whatever happens, leave it empty."""
         engine, self._busy = self.engine, True
-        texts: dict[str, tuple[str | None, int]] = {}
+        texts: dict[str, tuple[Request, str | None]] = {}
         began = time.perf_counter()
         try:
-            window, held = Window(engine.state, engine.schedule, lazy), 0
+            window, held = Window(engine.state, engine.schedule, lazy), Held()
             supply: Iterator[tuple[Request, str | None]] | None = requests
             while supply is not None or engine.unfinished:
-                while supply is not None and window.wants(held):
+                while supply is not None and window.wants(held.bytes):
                     request, text = next(supply, (None, None))
                     if request is None:
                         supply = None
                         break
                     try:
                         engine.add(request)
-                        texts[request.id] = text, weigh(request)
-                        held += weigh(request)
+                        texts[request.id] = request, text
+                        held.take(request)
                     except RowError as error:
                         yield RequestOutput(request.id, text, list(request.prompt_token_ids), [], error=error)
                 for output in engine.step():
-                    output.prompt, weight = texts.pop(output.request_id)
-                    held -= weight
+                    request, output.prompt = texts.pop(output.request_id)
+                    held.give_back(request)
                     yield output
         finally:
-            for request_id in texts:
-                engine.abort(request_id)
+            engine.abort_all(texts)
             self.run_seconds += time.perf_counter() - began
             self._busy = False
 

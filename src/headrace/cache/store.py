@@ -124,14 +124,18 @@ class BlockStore:
         self.counts.bytes_written += self.record_bytes
 
     def prefetch(self, keys: Iterable[bytes]) -> None:
-        """Have the system read these records from the disk, those that are here, and do not wait for it."""
+        """Have the system read these records from the disk, those that are here, and do not wait for it.
+
+        Nothing depends on whether it does.
+        """
         if sys.platform != "linux":
             return
         for key in keys:
             slot = self._slots.get(key)
             begin, end = (0, 0) if slot is None else (slot * self.record_bytes, (slot + 1) * self.record_bytes)
             for start in range(begin, end, AHEAD_BYTES):
-                os.posix_fadvise(self._blocks, start, min(AHEAD_BYTES, end - start), os.POSIX_FADV_WILLNEED)
+                with suppress(OSError):
+                    os.posix_fadvise(self._blocks, start, min(AHEAD_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
     def read(self, key: bytes, into: memoryview) -> bool:
         """Copy a record to where it is wanted. False if it is not here; `into` then holds anything."""

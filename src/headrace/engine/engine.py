@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import replace
 
@@ -81,11 +81,11 @@ class Engine:
         if request.id in self._requests:
             raise ValueError(f"request id {request.id!r} is already in the engine")
         self._check(request)
-        generations = []
+        generations, tokens = [], pack(request.prompt_token_ids)
         for index in range(request.params.n):
             constraint = request.params.constraint
             matcher = self.compiler.open_matcher(constraint) if constraint else None
-            sequence = Sequence(request, index, self._numbers + index, pack(request.prompt_token_ids))
+            sequence = Sequence(request, index, self._numbers + index, tokens)
             generations.append(Generation(sequence, self.tokenizer, self.seed, matcher))
         self._numbers += len(generations)
         self._requests[request.id] = generations
@@ -104,7 +104,6 @@ class Engine:
             if not plan.chunks:
                 return []
             apply(plan, self.state)
-            self._prefetch()
             scheduled = [(chunk, self.state.find(chunk.sequence)) for chunk in plan.chunks]
             batch = build_batch(scheduled, self.cache.layout, self.cache.device)
             pieces = describe_pieces(scheduled, self.cache.layout, self.state.ledger.pool.references)
@@ -132,6 +131,10 @@ class Engine:
         if generations is None:
             return None
         return self._close(generations)
+
+    def abort_all(self, request_ids: Iterable[str]) -> None:
+        """Take many requests out at once; ids that are not here are ignored."""
+        self._drop([each for name in request_ids for each in self._requests.pop(name, ())])
 
     def recache(self, cache: PagedCache, state: SchedulerState) -> None:
         """Go on with another cache, empty, and the state over it. What was learned of output lengths stays.
@@ -196,7 +199,8 @@ class Engine:
         counters.kv_peak_bytes = max(counters.kv_peak_bytes, counters.kv_used_bytes)
 
     def _plan(self) -> StepPlan:
-        """The next step. Where those whom it admits have blocks on disk, these come back, and it is planned anew."""
+        """The next step. Where those whom it admits have blocks on disk, these come back, and it is planned anew. The
+        disk reads meanwhile what those who come next will want."""
         state, tier = self.state, self.cache.tier
         plan = plan_step(state, state.limits)
         room = 0 if tier is None else tier.room
@@ -207,13 +211,10 @@ class Engine:
                 break
             room -= taken
             plan = plan_step(state, state.limits)
-        return plan
-
-    def _prefetch(self) -> None:
-        """Have the disk read, while this step is computed, what those who wait will want."""
-        if self.cache.tier is not None:
+        if tier is not None:
             with self.meter.watch.part("files"):
-                self.cache.tier.prefetch(self.state.waiting)
+                tier.prefetch(state.waiting)
+        return plan
 
     def _save(self, scheduled: Rows[tuple[Chunk, Sequence]]) -> None:
         """Copy the blocks that this step has filled to disk."""
@@ -268,13 +269,17 @@ class Engine:
             return None
         return self._close(generations)
 
+    def _drop(self, generations: list[Generation]) -> None:
+        """Take out those that still wait or run."""
+        left = [each for each in generations if self._generations.pop(each.sequence.number, None) is not None]
+        for generation in left:
+            generation.abort()
+        abort([each.sequence for each in left], self.state)
+
     def _close(self, generations: list[Generation]) -> RequestOutput:
         """Forget a request and whatever of it still waits or runs."""
         request = generations[0].sequence.request
-        for generation in generations:
-            if self._generations.pop(generation.sequence.number, None) is not None:
-                generation.abort()
-                abort(generation.sequence, self.state)
+        self._drop(generations)
         del self._requests[request.id]
         first = generations[0]
         return RequestOutput(

@@ -47,6 +47,11 @@ def forget_prompt(draft: Draft) -> Draft:
     return draft if draft.echo else replace(draft, prompt="")
 
 
+def count_prompt_bytes(draft: Draft) -> int:
+    """What a draft's own prompt takes: a text's characters have up to 4 bytes, token ids are objects here."""
+    return len(draft.prompt) * (4 if isinstance(draft.prompt, str) else 36)
+
+
 class Drafter(Protocol):
     """Understands the rows of one kind of input. `named`: rows bring ids of their own, so that two may be equal."""
 

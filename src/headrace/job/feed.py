@@ -15,12 +15,20 @@ from itertools import islice
 from headrace.checkpoint import Tokenizer
 from headrace.core import Request, RowError
 from headrace.engine.outputs import RequestOutput
-from headrace.job.drafts import Draft, Drafter, encode_drafts, forget_prompt, make_request, share_key
+from headrace.job.drafts import (
+    Draft,
+    Drafter,
+    count_prompt_bytes,
+    encode_drafts,
+    forget_prompt,
+    make_request,
+    share_key,
+)
 from headrace.job.inlet import Inlet
 from headrace.job.journal import Finished, Journal
 from headrace.job.records import Answer, Record, failed, make_answer, now
 from headrace.job.sources import Row
-from headrace.schedule.window import ROW_BYTES, weigh
+from headrace.schedule.window import ROW_BYTES, Held
 
 ROWS_A_CALL = 256
 
@@ -29,24 +37,31 @@ ROWS_A_CALL = 256
 class Flow:
     """What has passed through a feed: rows read, prompt tokens brought to the inlet, output tokens that came back.
 
-    `shared` rows were answered from an equal one. Prompts count once a continuation, as the engine counts them. Rows on
-    their way take `held_bytes`.
+    `shared` rows were answered from an equal one. Prompts count once a continuation, as the engine counts them.
     """
 
     rows: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     shared: int = 0
-    held_bytes: int = 0
 
 
 class Pending:
-    """A request in the engine, and the rows that it will answer: its own first, then equal ones."""
+    """A request in the engine, and the rows that it will answer: its own first, then equal ones. They take
+    `beside_bytes` beside the request."""
 
     def __init__(self, request: Request, draft: Draft, shortened: bool, key: bytes | None) -> None:
         self.request = request
         self.key = key
         self.rows = [(draft, shortened)]
+        self.beside_bytes = count_prompt_bytes(draft)
+
+    def join(self, draft: Draft, shortened: bool) -> int:
+        """One more row; the bytes that it takes."""
+        self.rows.append((draft, shortened))
+        size = ROW_BYTES + count_prompt_bytes(draft)
+        self.beside_bytes += size
+        return size
 
 
 class Feed:
@@ -64,6 +79,7 @@ class Feed:
         self._rows = rows
         self._pending: dict[str, Pending] = {}
         self._by_key: dict[bytes, Pending] = {}
+        self._held = Held()
         self._decode = lru_cache(maxsize=65536)(tokenizer.token_bytes)
 
     @property
@@ -72,7 +88,7 @@ class Feed:
 
     def wants_rows(self) -> bool:
         """Whether to call `top_up` now; else rows are on their way, or all are finished. To be asked once a turn."""
-        return not self.exhausted and self.inlet.wants(self.flow.held_bytes)
+        return not self.exhausted and self.inlet.wants(self._held.bytes)
 
     def top_up(self, most: int = ROWS_A_CALL) -> list[Finished]:
         """Read some rows, at most so many; those that were finished on the way."""
@@ -94,7 +110,7 @@ class Feed:
             pending = self._pending.pop(output.request_id)
             if pending.key is not None:
                 del self._by_key[pending.key]
-            self.flow.held_bytes -= weigh(pending.request) + ROW_BYTES * (len(pending.rows) - 1)
+            self._held.give_back(pending.request, pending.beside_bytes)
             self.flow.shared += len(pending.rows) - 1
             with self.inlet.watch.part("tokenization"):
                 answer = make_answer(output, self._decode, pending.rows[0][0].format)
@@ -151,8 +167,7 @@ class Feed:
             key += b"" if draft.format is None else b" with tools"
             twin = self._by_key.get(key)
             if twin is not None:
-                twin.rows.append((draft, shortened))
-                self.flow.held_bytes += ROW_BYTES
+                self._held.bytes += twin.join(draft, shortened)
                 return
             known = self.journal.find_answer(key)
             if known is not None:
@@ -164,7 +179,7 @@ class Feed:
         pending = self._pending[request.id] = Pending(request, draft, shortened, key)
         if key is not None:
             self._by_key[key] = pending
-        self.flow.held_bytes += weigh(request)
+        self._held.take(request, pending.beside_bytes)
 
     def _finish(self, draft: Draft, answer: Answer, shortened: bool, key: bytes | None) -> Finished:
         prefix = ""

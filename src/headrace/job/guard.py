@@ -79,10 +79,9 @@ class Guard:
             f"{format_share(choice.budget)} is allowed: rows that have not begun are computed with the full cache"
         )
         self.inlet.paused = True
-        for request in self.feed.requests:
-            if request.id not in finished and not engine.has_begun(request.id):
-                engine.abort(request.id)
-                self._held.append(request)
+        waiting = [each for each in self.feed.requests if each.id not in finished and not engine.has_begun(each.id)]
+        engine.abort_all([request.id for request in waiting])
+        self._held.extend(waiting)
 
     def _go_on(self) -> list[RequestOutput]:
         """The engine is empty: change its cache, give back what was taken out; answers of rows that do not fit it."""

@@ -51,6 +51,7 @@ class Progress:
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if live else None
         self._began = time.monotonic()
         self._shown = self._began
+        self._before = 0.0
         self._said: set[str] = set()
 
     def __enter__(self) -> Progress:
@@ -65,6 +66,10 @@ class Progress:
     def restart_clock(self) -> None:
         """Begin to count time: the model is loaded."""
         self._began = self._shown = time.monotonic()
+
+    def start_computing(self) -> None:
+        """The first step follows: what has passed until now does not come again."""
+        self._before = self.seconds
 
     @property
     def seconds(self) -> float:
@@ -99,7 +104,7 @@ class Progress:
         if (now - self._shown < wait and not last) or (self._quiet and not self._json):
             return
         self._shown = now
-        facts = measure(self.state, counters, meter.phases, now - self._began)
+        facts = measure(self.state, counters, meter.phases, now - self._began, self._before)
         if self._json:
             print_json({"event": "progress", **facts})
         elif self._live is not None:
@@ -118,8 +123,9 @@ def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value), flush=True)
 
 
-def measure(state: State, counters: Counters, phases: Phases, seconds: float) -> dict[str, Any]:
-    """What a progress line says. `eta_s` weighs rows by their tokens; None until a row has been finished."""
+def measure(state: State, counters: Counters, phases: Phases, seconds: float, before: float = 0.0) -> dict[str, Any]:
+    """What a progress line says, `before` of the seconds having passed before the first step. `eta_s` weighs rows by
+    their tokens; None until a row has been finished."""
     elapsed = max(seconds, 1e-9)
     prompt_tokens = counters.cached_prompt_tokens + counters.computed_prompt_tokens
     return {
@@ -131,12 +137,12 @@ def measure(state: State, counters: Counters, phases: Phases, seconds: float) ->
         "kv_used_bytes": counters.kv_used_bytes,
         "kv_budget_bytes": counters.kv_budget_bytes,
         "elapsed_s": round(seconds, 1),
-        "eta_s": estimate_rest(state, phases, prompt_tokens, counters.output_tokens, seconds),
+        "eta_s": estimate_rest(state, phases, prompt_tokens, counters.output_tokens, seconds - before),
     }
 
 
 def estimate_rest(state: State, phases: Phases, prompt_tokens: int, output_tokens: int, seconds: float) -> float | None:
-    """Seconds to go, given the tokens done in this run, what they took, and the run's seconds.
+    """Seconds to go, given the tokens done in this run, what they took, and the seconds since the first step.
 
     Prompt tokens to come are taken to cost what those before did, found in the cache or not, output tokens too; what
     passed between steps is shared out alike. Prompts that were read are known, the others are taken to be as long as

@@ -109,8 +109,10 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
             else:
                 if work.forecast is None:
                     rows = job.rows - progress.state.rows_before
+                    progress.show("planning")
                     work.forecast = foresee(llm, feed, rows, progress.seconds)
                     progress.show_forecast(work.forecast)
+                    progress.start_computing()
                 finished = feed.collect(step())
             if finished:
                 with engine.meter.watch.part("files"):

@@ -111,8 +111,8 @@ def measure_share(tasks: Sequence[Task], found: Simulated, step_time: StepTime |
 def count_arrival(prompts: Sequence[Sequence[int]], memory: Memory) -> int:
     """Prompt tokens computed in the order of arrival with a least-recently-used cache of the whole KV budget.
 
-    Blocks are told apart by 31 bits of a checksum of their tokens, after equal blocks before them: a count can bear
-    that one in a thousand million is taken for another.
+    Blocks are told apart by 31 bits of a checksum of their tokens, after equal blocks before them: of 100,000 different
+    ones that follow the same block, two or three may be taken for others, which such a count can bear.
     """
     size = memory.layout.block_size
     blocks = []

@@ -23,7 +23,7 @@ from headrace.schedule.pieces import describe_pieces
 from headrace.schedule.prefixes import pack
 from headrace.schedule.state import SchedulerState
 from headrace.schedule.step import plan_step
-from headrace.schedule.window import Window, weigh
+from headrace.schedule.window import Held, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Simulator:
         self.found = Simulated()
         self._tasks: dict[int, Task] = {}
         self._open: dict[str, int] = {}
-        self._held = 0
+        self._held = Held()
         self._numbers = count()
         # Tokens that no prompt has, each used once: what one row says no other row finds in the cache.
         self._invented = count(-1, -1)
@@ -110,7 +110,7 @@ class Simulator:
         window, supply = Window(self.state, self.schedule), iter(tasks)
         more = True
         while (more or self.state.sequences) and self.found.steps != most_steps:
-            while more and window.wants(self._held):
+            while more and window.wants(self._held.bytes):
                 more = self._add(supply)
             self._step()
         self.found.windows = window.filled + (not more and window.filling)
@@ -132,7 +132,7 @@ class Simulator:
             self._tasks[sequence.number] = task
             self.state.add(sequence)
         self._open[request.id] = request.params.n
-        self._held += weigh(request)
+        self._held.take(request)
         return True
 
     def _step(self) -> None:
@@ -171,7 +171,7 @@ class Simulator:
             self._open[name] -= 1
             if self._open[name] == 0:
                 del self._open[name]
-                self._held -= weigh(sequence.request)
+                self._held.give_back(sequence.request)
                 self.found.tasks += 1
 
     def _count(self, pieces: list[Piece], seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import takewhile
 
 from headrace.core import Sequence, StepPlan
@@ -107,11 +108,20 @@ def expire(state: SchedulerState, now: float) -> None:
     state.ledger.expire(now)
 
 
-def abort(sequence: Sequence, state: SchedulerState) -> None:
-    """Take out a sequence, waiting or running, that is not wanted any more. Its length teaches nothing."""
-    if sequence.number in state.ledger.holdings:
-        state.running.remove(sequence)
-        state.ledger.release(sequence)
-    else:
-        state.waiting.remove(sequence)
-    state.forget(sequence)
+def abort(sequences: Iterable[Sequence], state: SchedulerState) -> None:
+    """Take out sequences, waiting or running, that are not wanted any more. Their lengths teach nothing.
+
+    However many they are, the queue is looked through once.
+    """
+    gone = set()
+    for sequence in sequences:
+        if sequence.number in state.ledger.holdings:
+            state.running.remove(sequence)
+            state.ledger.release(sequence)
+        else:
+            gone.add(sequence.number)
+        state.forget(sequence)
+    if gone:
+        left = [each for each in state.waiting if each.number not in gone]
+        state.waiting.clear()
+        state.waiting.extend(left)

@@ -15,8 +15,8 @@ class Planned:
     What is left of the window before goes first, so nothing is overtaken by more than its own window.
     """
 
-    # As many as there is memory for.
-    window: int | None = 2**24
+    # Most of what `window_bytes` hold: they are some 200,000 of the shortest rows.
+    window: int | None = 2**18
 
     def arrange(self, waiting: Rows[Sequence], state: SchedulerState) -> list[Sequence]:
         """See `Schedule.arrange`."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from headrace.core import Request
+from collections import Counter
+
+from headrace.core import Constraint, Request
 from headrace.schedule.base import Schedule
 from headrace.schedule.state import SchedulerState
 
-# What a row takes while it is on its way: its draft, request, sequence and continuation; and each token of its prompt.
-ROW_BYTES, TOKEN_BYTES = 3072, 4
+# What a row takes while it is on its way: its draft, request, sequence and continuation; each token of its prompt, and
+# of its logit_bias.
+ROW_BYTES, TOKEN_BYTES, BIAS_BYTES = 3072, 4, 128
+# A grammar takes so many times the text that it was made of; requests with equal constraints have one together.
+GRAMMAR_TIMES = 100
 
 
 def count_bytes(tokens: int, continuations: int = 1) -> int:
@@ -15,9 +20,36 @@ def count_bytes(tokens: int, continuations: int = 1) -> int:
     return ROW_BYTES * continuations + TOKEN_BYTES * tokens
 
 
-def weigh(request: Request) -> int:
-    """Memory for a request that waits."""
-    return count_bytes(len(request.prompt_token_ids), request.params.n)
+class Held:
+    """What requests take that are on their way: `bytes`, near enough to bound it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._constraints: Counter[Constraint] = Counter()
+
+    def take(self, request: Request, beside: int = 0) -> None:
+        """A request is on its way, and so many bytes of its row's beside it."""
+        self.bytes += self._weigh(request) + beside
+        constraint = request.params.constraint
+        if constraint is not None:
+            self._constraints[constraint] += 1
+
+    def give_back(self, request: Request, beside: int = 0) -> None:
+        """It is no more."""
+        constraint = request.params.constraint
+        if constraint is not None:
+            self._constraints[constraint] -= 1
+            if not self._constraints[constraint]:
+                del self._constraints[constraint]
+        self.bytes -= self._weigh(request) + beside
+
+    def _weigh(self, request: Request) -> int:
+        """Without a grammar that another one has already."""
+        params = request.params
+        size = count_bytes(len(request.prompt_token_ids), params.n) + BIAS_BYTES * len(params.logit_bias)
+        if params.constraint is not None and params.constraint not in self._constraints:
+            size += GRAMMAR_TIMES * len(params.constraint.value)
+        return size
 
 
 class Window:

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from headrace.core import HeadraceError, Request, RowError
 from headrace.engine.outputs import RequestOutput
 from headrace.meter.stopwatch import Stopwatch
-from headrace.server.worker import Worker
+from headrace.server.worker import CLOSED, Worker
 
 # Rows, and memory for them, that the schedule sees at once, to find which of them share a prefix.
 WINDOW, WINDOW_BYTES = 2048, 96 * 2**20
@@ -84,10 +84,11 @@ class WorkerInlet:
     def wants(self, held_bytes: int) -> bool:
         """See Inlet."""
         present = len(self._away) + len(self._gathered)
+        most = min(WINDOW_BYTES, self._worker.options.window_bytes)
         if self._filling:
-            self._filling = present == 0 or (present < max(WINDOW, self._few) and held_bytes < WINDOW_BYTES)
+            self._filling = present == 0 or (present < max(WINDOW, self._few) and held_bytes < most)
         else:
-            self._filling = present == 0 or (present < self._few and held_bytes < WINDOW_BYTES // 2)
+            self._filling = present == 0 or (present < self._few and held_bytes < most // 2)
         return self._filling and not self._isolating
 
     @property
@@ -143,7 +144,7 @@ class WorkerInlet:
             found.append(replace(output, request_id=self._row_of(request)))
         elif isinstance(output, RowError):
             found.append(self._fail(request, output))
-        elif isinstance(output, HeadraceError):
+        elif output is CLOSED:
             self._away.clear()
             raise WorkerGone(str(output))
         elif tries >= TRIES:

@@ -172,8 +172,7 @@ class Worker:
     def _fail_all(self, error: BaseException) -> None:
         engine = self.ready.result().engine
         exchanges, receivers = list(self.exchanges.values()), [*self.exchanges.values(), *self.others.values()]
-        for name in [*self.exchanges, *self.others]:
-            engine.abort(name)
+        engine.abort_all([*self.exchanges, *self.others])
         self.exchanges.clear()
         self.others.clear()
         for receiver in receivers:

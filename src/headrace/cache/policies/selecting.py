@@ -153,6 +153,6 @@ def map_file(folder: str, count: int, dtype: torch.dtype) -> Tensor:
     except OSError as error:
         raise NoRoom(
             f"kv: {count * dtype.itemsize:,} bytes of a prompt's values cannot be kept in {folder}: "
-            f"{error.strerror or error}. Make room there and run the same command again; a job goes on after the rows "
-            "that it had finished. With another folder or slow='memory' it begins anew"
+            f"{error.strerror or error}. Make room there; a job goes on after the rows that it had finished when the "
+            "same command is run again. With another folder or slow='memory' it begins anew"
         ) from None

@@ -26,7 +26,7 @@ from headrace.job.batch_rows import BatchDrafter
 from headrace.job.feed import Feed, Flow
 from headrace.job.inlet import EngineInlet
 from headrace.job.journal import Journal
-from headrace.job.progress import State, estimate_rest, format_progress, measure
+from headrace.job.progress import Progress, State, estimate_rest, format_progress, measure
 from headrace.job.run import run_job
 from headrace.job.sources import JsonLines, Row
 from headrace.job.stop import JobStopped
@@ -267,6 +267,19 @@ def test_time_to_go_weighs_rows_by_their_tokens() -> None:
     assert slow["elapsed_s"] == 93.0 and slow["eta_s"] == 55.0, "reading is done once"
     reading = State(rows_total=100, rows_done=20, errors=0, rows_before=20, flow=flow)
     assert format_progress(measure(reading, Counters(), none, 6.0)) == "60/100 rows read, 6.0 s"
+
+
+def test_until_a_row_is_finished_the_time_to_go_is_the_forecast(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with LLM(**vars(engine_options(tiny_model))) as llm:
+        progress = Progress(State(rows_total=9, rows_done=0, errors=0, rows_before=0), quiet=False, as_json=True)
+        progress.update(llm.engine.counters, llm.engine.meter, last=True)
+        progress.show_forecast({"seconds": 1000.0})
+        progress.update(llm.engine.counters, llm.engine.meter, last=True)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["progress", "forecast", "progress"]
+    assert events[0]["eta_s"] is None and 900 < events[2]["eta_s"] <= 1000
 
 
 class CountingDrafter:

@@ -52,6 +52,7 @@ class Progress:
         self._began = time.monotonic()
         self._shown = self._began
         self._before = 0.0
+        self._forecast: float | None = None
         self._said: set[str] = set()
 
     def __enter__(self) -> Progress:
@@ -91,7 +92,8 @@ class Progress:
             self._live.update(Text(f"headrace: {work}"), refresh=True)
 
     def show_forecast(self, found: Mapping[str, Any]) -> None:
-        """What the run is expected to take."""
+        """What the run is expected to take: it is the time to go until a row is finished."""
+        self._forecast = found["seconds"]
         if self._json:
             print_json({"event": "forecast", **found})
         else:
@@ -105,6 +107,8 @@ class Progress:
             return
         self._shown = now
         facts = measure(self.state, counters, meter.phases, now - self._began, self._before)
+        if facts["eta_s"] is None and self._forecast is not None:
+            facts["eta_s"] = round(max(0.0, self._forecast - facts["elapsed_s"]), 1)
         if self._json:
             print_json({"event": "progress", **facts})
         elif self._live is not None:

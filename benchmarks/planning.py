@@ -23,6 +23,7 @@ from pathlib import Path
 from headrace.checkpoint import open_checkpoint
 from headrace.core import Request, SamplingParams, Sequence
 from headrace.options import EngineOptions
+from headrace.plan.forecast import LEAST_ERROR
 from headrace.plan.reuse import count_distinct
 from headrace.plan.simulator import Simulator, Task
 from headrace.plan.site import open_site
@@ -30,7 +31,7 @@ from headrace.schedule.apply import arrange
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.prefixes import count_common
 from headrace.schedule.state import SchedulerState
-from headrace.schedule.window import Window, weigh
+from headrace.schedule.window import Held, Window
 
 
 def make_pile(rows: int, tokens: int) -> Iterator[array[int]]:
@@ -57,13 +58,13 @@ def measure_order(rows: int, tokens: int) -> None:
     site = open_site(engine, open_checkpoint(engine.model))
     state = SchedulerState.create(site.memory.layout, site.memory.num_blocks, engine)
     schedule = SCHEDULES[engine.schedule]()
-    window, held = Window(state, schedule), 0
+    window, held = Window(state, schedule), Held()
     params = SamplingParams(max_tokens=64)
     for number, prompt in enumerate(make_pile(rows, tokens)):
-        if not window.wants(held):
+        if not window.wants(held.bytes):
             raise SystemExit(f"{number:,} rows fill a window of {engine.window_bytes:,} bytes")
         request = Request(str(number), prompt, params)
-        held += weigh(request)
+        held.take(request)
         state.add(Sequence(request, 0, number, request.prompt_token_ids))
     waiting, began = peak_rss(), time.perf_counter()
     arrange(schedule, state)
@@ -89,16 +90,15 @@ def measure_azure(options: argparse.Namespace) -> None:
     rows = max(1, round(options.rows / options.machines * options.share))
     numbers = itertools.count(-1, -1)
 
-    def make_tasks() -> list[Task]:
-        draw, tasks = random.Random(0), []
+    def make_tasks() -> Iterator[Task]:
+        draw = random.Random(0)
         for place in range(rows):
             prompt, output = draw.choice(lengths)
             output = max(1, min(output, most // 2))
             # No two prompts share a token: the trace tells lengths, not texts.
-            tokens = tuple(itertools.islice(numbers, min(prompt, most - output)))
+            tokens = array("i", itertools.islice(numbers, min(prompt, most - output)))
             params = SamplingParams(max_tokens=output, ignore_eos=True)
-            tasks.append(Task(Request(str(place), tokens, params), output))
-        return tasks
+            yield Task(Request(str(place), tokens, params), output)
 
     began = time.perf_counter()
     found = Simulator(replace(engine), site.memory, site.step_time).run(make_tasks())
@@ -107,7 +107,8 @@ def measure_azure(options: argparse.Namespace) -> None:
     print(
         f"SIMULATED, not run: {options.rows:,} rows on {options.machines} machines: "
         f"{found.seconds / options.share / 3600:,.1f} h, {tokens / 1e9:.2f} G tokens computed; {rows:,} rows simulated "
-        f"for each machine in {seconds:.1f} s, {found.steps:,} steps, {peak_rss() / 2**20:,.0f} MiB"
+        f"for each machine in {seconds:.1f} s, {found.steps:,} steps, {found.windows} windows, "
+        f"{peak_rss() / 2**20:,.0f} MiB; error bar {2 * site.step_time.error:.0%} and at least {LEAST_ERROR:.0%}"
     )
 
 
@@ -127,7 +128,7 @@ def main() -> None:
     azure.add_argument("--precision", default="int8")
     azure.add_argument("--rows", type=int, default=1_000_000)
     azure.add_argument("--machines", type=int, default=1)
-    azure.add_argument("--share", type=float, default=0.02)
+    azure.add_argument("--share", type=float, default=1.0)
     options = parser.parse_args()
     if options.kind == "rows":
         measure_order(options.rows, options.tokens)

@@ -27,7 +27,7 @@ from headrace.judge.contexts_summary import summarise
 from headrace.judge.driver import CacheDriver
 from headrace.judge.episodes import MODES, STRINGS, Episode, Turn
 from headrace.judge.kv import TAIL, WAYS, KVJudge, Loss, Way, choose_windows
-from headrace.judge.kv_job import measure_job
+from headrace.judge.kv_job import make_prompts, measure_job
 from headrace.judge.kv_room import Room, count_batch, find_room
 from headrace.judge.shared_contexts import ContextsJudge, write_script
 from headrace.kernels.base import LayerCache
@@ -183,6 +183,14 @@ def test_room_is_what_a_hand_counts() -> None:
     # 500 of 1,000 tokens may go: 15 blocks of 32 do.
     assert find_room(shrunk, 1000, 128, 256) == Room(32, 36 - 15)
     assert [count_batch(shrunk, 1000, 128, 256, 200 * blocks) for blocks in (31, 32, 52, 53)] == [0, 1, 1, 2]
+
+
+def test_a_jobs_prompts_are_the_contexts_and_none_begins_like_another() -> None:
+    contexts = [list(range(start, start + 50)) for start in (0, 100, 200)]
+    assert make_prompts(contexts, 2) == contexts
+    prompts = make_prompts(contexts, 8)
+    assert len(prompts) == 8 and len({prompt[0] for prompt in prompts}) == 8
+    assert [sorted(prompt) for prompt in prompts] == [contexts[place % 3] for place in range(8)]
 
 
 def test_a_small_job_has_a_speed(llm: LLM) -> None:

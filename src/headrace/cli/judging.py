@@ -39,7 +39,7 @@ KV_FLAGS = (
     make_flag("contexts", str, "1024", metavar="N,N", help="Lengths of the contexts in tokens."),
     make_flag("windows", int, 12, min=2, help="Contexts of each length, spread over the text."),
     make_flag("kv_cache_bytes", str, "500MB", metavar="SIZE", help="Memory for which the largest batch is told."),
-    make_flag("job", bool, False, help="Also run the contexts as a small job, in this memory: tokens a second."),
+    make_flag("job", bool, False, help="Also run a job of twice the contexts that this memory holds plain."),
     make_flag("html", Path | None, None, metavar="FILE", help="Draw it: a page that opens without a network."),
 )
 CONTEXTS_FLAGS = (
@@ -118,16 +118,20 @@ def judge_policies(
 
 def measure_room(llm: LLM, kv: str, windows: list[list[int]], memory: int, job: bool) -> dict[str, Any]:
     """The largest batch in a memory, and if asked the tokens a second of a job in it."""
-    from headrace.cache.policies.choice import make_policy
+    from headrace.cache.policies.choice import FULL, make_policy
     from headrace.judge.kv import TAIL
-    from headrace.judge.kv_job import measure_job
+    from headrace.judge.kv_job import make_prompts, measure_job
     from headrace.judge.kv_room import count_batch
 
     options = dataclasses.replace(llm.options, kv_cache_bytes=memory)
     layout = make_policy(kv).arrange(llm.engine.model.kv_shape, options.block_size)
-    prompts = [window[: -TAIL - 1] for window in windows]
-    speed = measure_job(llm.engine.model, llm.tokenizer, options, kv, prompts, TAIL) if job else None
-    batch = count_batch(layout, len(prompts[0]), TAIL, options.step_tokens, memory)
+    contexts = [window[: -TAIL - 1] for window in windows]
+    batch = count_batch(layout, len(contexts[0]), TAIL, options.step_tokens, memory)
+    speed = None
+    if job:
+        plain = make_policy(FULL).arrange(llm.engine.model.kv_shape, options.block_size)
+        rows = 2 * count_batch(plain, len(contexts[0]), TAIL, options.step_tokens, memory)
+        speed = measure_job(llm.engine.model, llm.tokenizer, options, kv, make_prompts(contexts, rows), TAIL)
     return {"batch": batch, "tokens_per_s": speed}
 
 

@@ -14,6 +14,13 @@ from headrace.options import EngineOptions
 from headrace.schedule.choice import SCHEDULES
 
 
+def make_prompts(contexts: list[list[int]], count: int) -> list[list[int]]:
+    """So many prompts of the contexts' tokens, no two of which begin alike: each context, then each turned by a token,
+    and so on."""
+    turned = (divmod(place, len(contexts)) for place in range(max(count, len(contexts))))
+    return [contexts[place][turn:] + contexts[place][:turn] for turn, place in turned]
+
+
 def measure_job(
     model: Model, tokenizer: Tokenizer, options: EngineOptions, kv: str, prompts: list[list[int]], outputs: int
 ) -> float | None:

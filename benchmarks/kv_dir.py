@@ -61,8 +61,10 @@ def main() -> None:
                     drop_from_memory(folder)
                 seconds, restored = run(arguments, folder, prompts)
                 times.append(seconds)
-    print(f"{arguments.kv}: {arguments.prompts} prompts of {arguments.tokens} tokens, {arguments.sequences} at once, ")
-    print(f"{arguments.output} tokens answered; {size / 2**20:.0f} MiB in the folder, {restored:,} tokens came back\n")
+    print(
+        f"{arguments.kv}: {arguments.prompts} prompts of {arguments.tokens} tokens, {arguments.sequences} at once, "
+        f"{arguments.output} tokens answered; {size / 2**20:.0f} MiB in the folder, {restored:,} tokens came back\n"
+    )
     print("| prompts | seconds | all |\n|---|---|---|")
     print(f"| computed | {computed:.2f} | |")
     for kind, times in found.items():

@@ -303,7 +303,7 @@ def test_values_in_a_file_come_back_and_no_room_says_so(tmp_path: Path) -> None:
     assert torch.equal(numbers, torch.arange(1000).bfloat16())
     with pytest.raises(NoRoom, match=r"4,000 bytes of a prompt's values cannot be kept in .*missing: No such file"):
         map_file(str(tmp_path / "missing"), 1000, torch.float32)
-    with pytest.raises(NoRoom, match="Make room there; a job goes on .* when the same command is run again"):
+    with pytest.raises(NoRoom, match=r"Make room there; a job goes on .* when the same command is run again"):
         map_file(str(tmp_path), 1 << 58, torch.float32)
 
 

@@ -12,7 +12,7 @@ from tiny import make_tiny_model
 
 from headrace import LLM, Constraint, RequestOutput, SamplingParams
 from headrace.cache.checks import check_ledger
-from headrace.core import Request
+from headrace.core import InputError, Request
 
 
 def open_model(folder: Path, **options: Any) -> LLM:
@@ -208,6 +208,13 @@ def test_impossible_rows_say_why_and_the_others_go_on(llm: LLM) -> None:
     codes = [output.error.code if output.error else None for output in outputs]
     assert codes == [None, "context_length", "token_range", "empty_prompt", "constraint"]
     assert len(outputs[0].outputs[0].token_ids) <= 3
+
+
+def test_more_kv_memory_than_there_can_be_is_refused_in_words(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=r"no [\d,]+ bytes for the KV cache: lower kv_cache_bytes"):
+        open_model(tiny_model, kv_cache_bytes=1 << 60)
+    with pytest.raises(InputError, match="kv_memory_share must be a number from 0 to 1, got 5"):
+        open_model(tiny_model, kv_memory_share=5)
 
 
 def test_a_request_larger_than_the_cache_is_refused(tiny_model: Path) -> None:

@@ -39,7 +39,7 @@ class Options:
             if low is None or value is None:
                 continue
             if not isinstance(value, int | float) or not low <= value <= high:
-                limit = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                limit = f"of at least {low:,}" if high == math.inf else f"from {low:,} to {high:,}"
                 raise InputError(f"{each.name} must be a number {limit}, got {value!r}")
 
 
@@ -68,6 +68,7 @@ class EngineOptions(Options):
         0.4,
         "Share of the free memory for the KV cache where kv_cache_bytes is not given; a server's models share it.",
         low=0,
+        high=1,
     )
     kv: str = setting(
         "plain",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.cache.policies.base import KVPolicy, KVShape
 from headrace.cache.tier import Tier
+from headrace.core import InputError
 from headrace.kernels.base import LayerCache
 
 
@@ -83,8 +84,16 @@ class PagedCache:
 
 
 def make_zeros(num_blocks: int, block_bytes: int, device: str) -> Tensor:
-    """uint8 zeros. torch.zeros would write, and so take, all of the memory at once; these come as touched."""
+    """uint8 zeros. torch.zeros would write, and so take, all of the memory at once; these come as touched.
+
+    Raises InputError for more than the system would ever give.
+    """
     if device != "cpu":
         return torch.zeros(num_blocks, block_bytes, dtype=torch.uint8, device=device)
     # Memory of the C library's would be cleared, and so taken, where an earlier cache has given it back.
-    return torch.frombuffer(mmap.mmap(-1, num_blocks * block_bytes), dtype=torch.uint8).view(num_blocks, block_bytes)
+    size = num_blocks * block_bytes
+    try:
+        memory = mmap.mmap(-1, size)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"the system has no {size:,} bytes for the KV cache: lower kv_cache_bytes") from error
+    return torch.frombuffer(memory, dtype=torch.uint8).view(num_blocks, block_bytes)

@@ -133,6 +133,13 @@ def quick_measuring(few_sizes: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     yield
 
 
+def test_too_little_kv_memory_is_said(few_sizes: None, tiny_model: Path) -> None:
+    with LLM(**asdict(engine_options(tiny_model, kv_cache_bytes=8192 * 20))) as llm:
+        prober = KnownMachine(llm, TIMES)
+        with pytest.raises(InputError, match="the KV memory is too small to measure steps of 8 sequences"):
+            prober.time_decode(8, 64)
+
+
 def test_advice_names_what_differs_from_the_defaults() -> None:
     assert spell_command(EngineOptions()) == "headrace bench steps"
     # What changes no step's time is left out.

@@ -31,6 +31,7 @@ from servers import serving
 from starlette.testclient import TestClient
 
 from headrace import LLM
+from headrace.cache.policies.selecting import NoRoom
 from headrace.engine.engine import Engine
 from headrace.engine.outputs import RequestOutput
 from headrace.server import batches as batches_module
@@ -419,12 +420,15 @@ def test_a_full_disk_holds_a_batch_up_and_loses_nothing(
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_row_that_breaks_the_engine_fails_alone(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("the wheel broke"), NoRoom("the wheel broke")])
+def test_a_row_that_breaks_the_engine_fails_alone(
+    error: Exception, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = Engine.step
 
     def fall(engine: Engine) -> list[RequestOutput]:
         if any(sequence.request.id.endswith("-poison") for sequence in engine.state.sequences.values()):
-            raise RuntimeError("the wheel broke")
+            raise error
         return step(engine)
 
     monkeypatch.setattr(Engine, "step", fall)

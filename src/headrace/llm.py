@@ -246,7 +246,7 @@ class LLM:
     def _run(self, requests: Iterator[tuple[Request, str | None]], lazy: bool = False) -> Iterator[RequestOutput]:
         """Keep the engine supplied and yield its answers; whatever happens, leave it empty."""
         engine, self._busy = self.engine, True
-        texts: dict[str, tuple[Request, str | None]] = {}
+        asked: dict[str, tuple[Request, str | None]] = {}
         began = time.perf_counter()
         try:
             window, held = Window(engine.state, engine.schedule, lazy), Held()
@@ -259,16 +259,16 @@ class LLM:
                         break
                     try:
                         engine.add(request)
-                        texts[request.id] = request, text
+                        asked[request.id] = request, text
                         held.take(request)
                     except RowError as error:
                         yield RequestOutput(request.id, text, list(request.prompt_token_ids), [], error=error)
                 for output in engine.step():
-                    request, output.prompt = texts.pop(output.request_id)
+                    request, output.prompt = asked.pop(output.request_id)
                     held.give_back(request)
                     yield output
         finally:
-            engine.abort_all(texts)
+            engine.abort_all(asked)
             self.run_seconds += time.perf_counter() - began
             self._busy = False
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from headrace.core import Chunk, Request, SamplingParams
+from headrace.core import Chunk, InputError, Request, SamplingParams
 from headrace.llm import LLM
 from headrace.meter.energy import EnergyCounter
 from headrace.meter.operations import Piece
@@ -101,7 +101,7 @@ class Prober:
         before = self.engine.counters.computed_prompt_tokens
         self.limit(tokens)
         seconds = [self.step() for _ in range(steps)]
-        assert self.engine.counters.computed_prompt_tokens - before == tokens * steps
+        require(self.engine.counters.computed_prompt_tokens - before == tokens * steps, f"{tokens} tokens")
         self.clear()
         return seconds
 
@@ -121,7 +121,7 @@ class Prober:
             return self.step()
 
         seconds = settle(sample, f"steps of {sequences} sequences at {context} tokens")
-        assert len(self.engine.state.running) == sequences
+        require(len(self.engine.state.running) == sequences, f"{sequences} sequences")
         self.clear()
         # Contexts grow from step to step: those of the sample in the middle.
         return Probe(seconds, looked[-1 - SAMPLES // 2])
@@ -132,6 +132,11 @@ class Prober:
         state = self.engine.state
         scheduled = [(Chunk(each.number, each.computed, 1), each) for each in state.running]
         return describe_pieces(scheduled, self.layout, state.ledger.pool.references)
+
+
+def require(fitted: bool, what: str) -> None:
+    if not fitted:
+        raise InputError(f"the KV memory is too small to measure steps of {what}: free some memory")
 
 
 def settle(sample: Callable[[], float], what: str) -> float:
@@ -150,20 +155,13 @@ def settle(sample: Callable[[], float], what: str) -> float:
 def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
     """Measure the step times of a loaded model; takes less than a minute for small ones on a fast processor.
 
-    Raises NoisyMachine where times scatter too much to be believed.
+    Raises NoisyMachine where times scatter too much to be believed, InputError where the KV memory is too small.
     """
     prober, energy, began = Prober(llm), EnergyCounter(), time.perf_counter()
     machine = describe_machine(llm.resolved["instruction_set"])
-    found = StepTime(
-        setting=describe_setting(llm.model_hash, machine, llm.resolved),
-        tokens=((1, 0.0), (2, 0.0)),
-        wanted=((1, 0.0), (2, 0.0)),
-        chunk=0.0,
-        own=0.0,
-        shared=0.0,
-        windows=llm.engine.model.config.windows,
-        error=0.0,
-    )
+    setting, windows = describe_setting(llm.model_hash, machine, llm.resolved), llm.engine.model.config.windows
+    nothing = ((1, 0.0), (2, 0.0))
+    found = StepTime(setting, nothing, nothing, chunk=0.0, own=0.0, shared=0.0, windows=windows, error=0.0)
     tell("warming up")
     prober.time_chunk(64)
     found = fit_parts(prober, found, tell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence as Rows
 
 from headrace.core import Sequence
@@ -15,8 +16,8 @@ class Planned:
     What is left of the window before goes first, so nothing is overtaken by more than its own window.
     """
 
-    # Most of what `window_bytes` hold: they are some 200,000 of the shortest rows.
-    window: int | None = 2**18
+    # All that `window_bytes` hold.
+    window: int | None = sys.maxsize
 
     def arrange(self, waiting: Rows[Sequence], state: SchedulerState) -> list[Sequence]:
         """See `Schedule.arrange`."""

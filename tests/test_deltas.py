@@ -88,6 +88,15 @@ def test_a_preempted_text_is_added_once(tiny_model: Path) -> None:
         assert tight.score(texts[0])[0].logprobs[1:] == tight.score(texts[0])[0].logprobs[1:]
 
 
+def test_a_vector_is_the_same_however_its_text_is_cut(tiny_model: Path) -> None:
+    texts = [" ".join(TEXTS) * 3, *TEXTS]
+    found = []
+    for step_tokens in (1024, 40, 7):
+        with LLM(str(tiny_model), kv_cache_bytes=4 << 20, precision="fp32", threads=1, step_tokens=step_tokens) as llm:
+            found.append(llm.embed(texts, pooling="mean"))
+    assert found[0] == found[1] == found[2]
+
+
 def test_the_model_s_configuration_says_how_to_pool(tiny_model: Path, tmp_path: Path) -> None:
     from headrace.checkpoint.pooling import read_pooling
     from headrace.core import ModelError

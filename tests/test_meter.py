@@ -17,6 +17,7 @@ from torch import Tensor
 from headrace import LLM, SamplingParams
 from headrace.cli import main
 from headrace.core import InputError
+from headrace.engine import memory
 from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.matrix import PackedWeight
@@ -239,6 +240,20 @@ def test_energy_counters_wrap(tmp_path: Path) -> None:
     counter = EnergyCounter(tmp_path)
     (zone / "energy_uj").write_text("500000\n")
     assert counter.read() == pytest.approx(1.5)
+    # Every three seconds of a long run, in which the counter begins again every hundred.
+    for second in range(0, 3000, 3):
+        (zone / "energy_uj").write_text(f"{(500_000 + second * 100_000) % 10_000_000}\n")
+        counter.follow(float(second))
+    assert counter.read() == pytest.approx(1.5 + 299.7)
+
+
+def test_files_that_nobody_reads_are_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("800000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    assert memory.read_available_bytes() == 100_000
+    (tmp_path / "memory.stat").write_text("anon 90000\ninactive_file 600000\nactive_file 10000\n")
+    assert memory.read_available_bytes() == 700_000
 
 
 def describe(**changes: Any) -> dict[str, Any]:

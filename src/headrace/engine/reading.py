@@ -17,6 +17,10 @@ from headrace.model import Model
 
 Row = tuple[Sequence, int]
 
+# What sums of hidden states are made of, so that doubles add it up exactly, in any order, up to a hundred million: how
+# a prompt was cut into chunks changes no bit.
+GRAIN = 2.0**-26
+
 
 def score_prompts(model: Model, rows: Rows[Row], hidden: Tensor, generations: Mapping[int, Generation]) -> None:
     """Record the log probability of the token after each position, from its hidden state [R, H]."""
@@ -41,12 +45,12 @@ def pool_prompts(rows: Rows[Row], hidden: Tensor, generations: Mapping[int, Gene
         # A preempted sequence computes positions again; they are added once.
         known = max(0, reading.pooled - positions[0])
         if known < len(positions):
-            part = hidden[start + known : end].float().sum(0)
+            part = ((hidden[start + known : end].double() / GRAIN).round() * GRAIN).sum(0)
             reading.vector = part if reading.vector is None else reading.vector + part
             reading.pooled = positions[-1] + 1
 
 
 def normalise(vector: Tensor) -> list[float]:
-    """The vector at length 1 (a mean and a sum have one direction)."""
-    found: list[float] = torch.nn.functional.normalize(vector, dim=0).tolist()
+    """The vector at length 1 (a mean and a sum have one direction), in numbers of float32."""
+    found: list[float] = torch.nn.functional.normalize(vector.float(), dim=0).tolist()
     return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path("/sys/class/powercap")
+# Counters begin again after some 260,000 joules: the quickest processors take minutes for that.
+SECONDS_BETWEEN = 30.0
 
 
 class EnergyCounter:
@@ -14,9 +16,16 @@ class EnergyCounter:
         self._zones = [zone for zone in sorted(root.glob("*-rapl:*")) if zone.name.count(":") == 1]
         self._last = {zone: read_number(zone / "energy_uj") for zone in self._zones}
         self._total = 0.0
+        self._read_at = 0.0
+
+    def follow(self, now: float) -> None:
+        """To be called now and then, with the seconds of a clock: no beginning of the counters is missed."""
+        if now - self._read_at >= SECONDS_BETWEEN:
+            self._read_at = now
+            self.read()
 
     def read(self) -> float | None:
-        """Joules so far; None where no counter can be read. Counters start again at their limit: read now and then."""
+        """Joules so far; None where no counter can be read."""
         for zone, before in self._last.items():
             now = read_number(zone / "energy_uj")
             if before is None or now is None:

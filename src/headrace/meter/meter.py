@@ -63,6 +63,7 @@ class Meter:
     def count(self, pieces: Sequence[Piece], began: float) -> None:
         """Count a step that has been computed since `began` (of time.perf_counter)."""
         now = time.perf_counter()
+        self._energy.follow(now)
         costs = count_step(self.shape, pieces)
         for name, cost in costs.items():
             self.operators.setdefault(name, Cost()).add(cost)

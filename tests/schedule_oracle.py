@@ -13,6 +13,11 @@ from math import isqrt
 from schedule_oracle_memory import OracleMemory, Record
 
 from headrace.core import Admission, Chunk, StepPlan
+from headrace.meter.operations import Piece
+from headrace.schedule.budget import Deadline
+
+# Products' tiles in its tests: as small as the rest of their world.
+TILE = 4
 
 
 @dataclass
@@ -26,6 +31,8 @@ class Draft:
     admitted: list[Admission] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
     entered: list[Record] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    timed: bool = True
 
 
 @dataclass(kw_only=True)
@@ -36,13 +43,14 @@ class Oracle(OracleMemory):
     max_sequences: int
     short_prefill: int | None = None
     background_tokens: int = 0
+    deadline: Deadline | None = None
 
     def plan(self) -> StepPlan:
         draft, alive, paused = Draft(self.step_tokens), self.computing(), self.paused()
         self.plan_running(draft, alive, paused, [])
         roomy = alive == self.computing() and self.plan_admissions(draft, alive, paused, not self.foreground())
         if self.background_tokens and self.foreground():
-            draft.budget = self.background_tokens
+            draft.budget, draft.timed = self.background_tokens, False
             beside = alive + draft.entered
             self.plan_running(draft, paused, [], beside)
             if roomy and not draft.preempted:
@@ -61,12 +69,13 @@ class Oracle(OracleMemory):
             while record in alive and room(record) < 1:
                 draft.preempted.append((paused or alive).pop().number)
             if record in alive:
-                self.run(draft, record, 1)
+                self.run(draft, record, 1, wanted=record.generates)
         prefills = [each for each in alive if len(each.tokens) - each.computed > 1]
         shares = {} if beside else self.shares(prefills, draft.budget)
         for record in prefills:
             lane = self.is_long(record) if shares else None
             most = min(len(record.tokens) - record.computed, shares[lane] if lane is not None else draft.budget)
+            most = self.in_time(draft, record.computed, most)
             if record not in alive or most == 0:
                 continue
             while paused and room(record) < most:
@@ -81,7 +90,22 @@ class Oracle(OracleMemory):
                 if lane is not None:
                     shares[lane] -= length
 
-    def run(self, draft: Draft, record: Record, length: int) -> None:
+    def in_time(self, draft: Draft, start: int, most: int) -> int:
+        """The longest chunk that ends a tile, or is the whole, and is in the step's first tile or foreseen in time."""
+        if self.deadline is None or not draft.timed:
+            return most
+        done = sum(piece.length for piece in draft.pieces)
+        first = max(0, TILE - done)
+        for length in range(most, 0, -1):
+            foreseen = self.deadline.step_time.predict([*draft.pieces, Piece(start, length, 1, False)])
+            if length <= first and length in (most, first):
+                return length
+            if (length == most or (done + length) % TILE == 0) and foreseen <= self.deadline.seconds:
+                return length
+        return 0
+
+    def run(self, draft: Draft, record: Record, length: int, wanted: int = 1) -> None:
+        draft.pieces.append(Piece(record.computed, length, wanted, False))
         draft.chunks.append(Chunk(record.number, record.computed, length))
         draft.budget -= length
         draft.new += (self.ceil(record.computed + length) - len(record.tables[0])) * len(self.windows)
@@ -95,9 +119,13 @@ class Oracle(OracleMemory):
             if draft.budget == 0:
                 return True
             hit = self.hit(record)
+            most = min(len(record.tokens) - hit * self.size, draft.budget)
             following = (record.owner, tuple(record.tokens[: (hit + 1) * self.size]))
             if hit < self.limit(record) and following in self.promised(running + draft.entered):
                 continue
+            most = self.in_time(draft, hit * self.size, most)
+            if most < 1:
+                return True
             guest = Record(**{**vars(record), "computed": hit * self.size, "known_at_admission": len(record.tokens)})
             guest.tables = self.hit_tables(record, hit)
             everyone = [*running, *draft.entered, guest]
@@ -105,11 +133,10 @@ class Oracle(OracleMemory):
                 return False
             draft.entered.append(guest)
             draft.admitted.append(Admission(record.number, hit * self.size))
-            wanted = min(len(record.tokens) - guest.computed, draft.budget)
-            while (room := self.room(guest, everyone + paused, draft.new)) < wanted and paused:
+            while (room := self.room(guest, everyone + paused, draft.new)) < most and paused:
                 draft.preempted.append(paused.pop().number)
-            if min(wanted, room) > 0:
-                self.run(draft, guest, min(wanted, room))
+            if min(most, room) > 0:
+                self.run(draft, guest, min(most, room))
         return True
 
     def foreground(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from headrace.meter.step_time import StepTime
 
 TIMES = StepTime(
@@ -14,3 +16,6 @@ TIMES = StepTime(
     windows=(None, None, 8),
     error=0.03,
 )
+
+# A pair takes the same in a chunk and in a decode, whether a prefix is shared or not, and far more than a product.
+SLOW_PAIRS = replace(TIMES, windows=(None,), tokens=[(1, 1.0), (64, 64.0)], chunk=0.1, own=0.1, shared=0.1)

@@ -15,6 +15,7 @@ from schedule_driver import Driver, make_state
 from step_times import TIMES
 
 import headrace.engine.engine as engine_module
+import headrace.engine.loading as loading
 from headrace.cli import main
 from headrace.core import Constraint, InputError, Request, RowError, SamplingParams, StepPlan
 from headrace.job.intake import read_ask
@@ -24,7 +25,7 @@ from headrace.job.run import run_job
 from headrace.llm import LLM
 from headrace.meter.operations import Piece
 from headrace.meter.peaks import NoisyMachine
-from headrace.meter.step_time import StepTime, interpolate, load_step_time, save_step_time
+from headrace.meter.step_time import TILE, StepTime, interpolate, load_step_time, save_step_time
 from headrace.options import EngineOptions, RunOptions, SamplingOptions
 from headrace.plan import fitting
 from headrace.plan.fitting import Prober, settle
@@ -52,10 +53,12 @@ def make_requests(count: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-@pytest.mark.parametrize("num_blocks", [24, 400])
+@pytest.mark.parametrize(("num_blocks", "seconds"), [(24, None), (400, None), (400, 0.08)])
 def test_simulated_steps_are_the_engines(
-    name: Any, num_blocks: int, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    name: Any, num_blocks: int, seconds: float | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    times = replace(TIMES, chunk=2e-5, own=2e-5, shared=1e-5)
+    monkeypatch.setattr(loading, "load_step_time", lambda setting: times)
     plans: list[StepPlan] = []
     simulated: list[StepPlan] = []
     plan_step = engine_module.plan_step
@@ -66,7 +69,8 @@ def test_simulated_steps_are_the_engines(
 
     monkeypatch.setattr(engine_module, "plan_step", record)
     requests = make_requests(60)
-    changes = {"schedule": name, "step_tokens": 96, "max_sequences": 12, "kv_cache_bytes": num_blocks * 8192}
+    changes = {"schedule": name, "step_tokens": 96, "max_sequences": 12, "step_seconds": seconds}
+    changes["kv_cache_bytes"] = num_blocks * 8192
     options = engine_options(tiny_model, **changes)
     with LLM(**asdict(options)) as llm:
         cache, counters = llm.engine.cache, llm.engine.counters
@@ -74,8 +78,10 @@ def test_simulated_steps_are_the_engines(
         assert cache.num_blocks == num_blocks
         answers = llm.generate([each.prompt_token_ids for each in requests], [each.params for each in requests])
     tasks = [Task(each, len(answer.outputs[0].token_ids)) for each, answer in zip(requests, answers, strict=True)]
-    found = Simulator(options, memory, TIMES, simulated.append).run(tasks)
+    found = Simulator(llm.options, memory, times, simulated.append).run(tasks)
     assert simulated == plans and len(plans) > 30
+    late = [prompt + output for _, took, prompt, output, _ in found.timeline if prompt and took > (seconds or math.inf)]
+    assert all(tokens <= TILE for tokens in late)
     assert (found.steps, found.preemptions) == (counters.steps, counters.preemptions)
     assert found.cached_prompt_tokens == counters.cached_prompt_tokens
     assert found.output_tokens == counters.output_tokens

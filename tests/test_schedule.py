@@ -9,10 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_driver import Driver, make_state, snapshot
+from step_times import SLOW_PAIRS
 
 from headrace.cache.checks import check_ledger
 from headrace.core import Admission, Chunk, StepPlan
+from headrace.meter.operations import Piece
+from headrace.meter.step_time import TILE
 from headrace.schedule.apply import apply
+from headrace.schedule.budget import Deadline
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.state import Limits
 
@@ -48,6 +52,7 @@ def piles(draw: st.DrawFn) -> dict[str, Any]:
         "short_past": draw(st.booleans()),
         "schedule": draw(st.sampled_from(sorted(SCHEDULES))),
         "short_prefill": draw(st.none() | st.integers(0, 20)),
+        "seconds": draw(st.sampled_from([None, None, 5.0, 60.0, 150.0])),
         "keep_seconds": draw(st.sampled_from([0.0, 3.0, 1000.0])),
         "requests": draw(st.lists(request, min_size=1, max_size=25)),
     }
@@ -61,7 +66,8 @@ def open_pile(pile: dict[str, Any]) -> Driver:
         request["most"] = request["length"] + (0 if request["exact"] else request["slack"])
     fits = max(probe.layout.blocks_for(len(each["prompt"]) + each["most"]) for each in pile["requests"])
     state = make_state(pile["windows"], fits + pile["spare_blocks"], pile["block_size"], **options)
-    state.limits = replace(state.limits, short_prefill=pile["short_prefill"])
+    within = pile["seconds"] and Deadline(pile["seconds"], SLOW_PAIRS)
+    state.limits = replace(state.limits, short_prefill=pile["short_prefill"], deadline=within)
     driver = Driver(state, vocabulary=2, schedule=SCHEDULES[pile["schedule"]](), keep_seconds=pile["keep_seconds"])
     if pile["short_past"]:
         for _ in range(40):
@@ -99,6 +105,21 @@ def check_plan(driver: Driver, plan: StepPlan) -> None:
     assert len({chunk.sequence for chunk in plan.chunks}) == len(plan.chunks)
 
 
+def check_time(driver: Driver, plan: StepPlan) -> None:
+    """Beyond the first tile of a step, prompts are computed only while there is time."""
+    state, within = driver.state, driver.state.limits.deadline
+    scheduled = [(chunk, state.find(chunk.sequence)) for chunk in plan.chunks]
+    decodes = [each for chunk, each in scheduled if each in state.running and len(each.tokens) - each.computed == 1]
+    if within is None or len(decodes) == len(scheduled):
+        return
+    pieces = [
+        Piece(chunk.start, chunk.length, each.request.generates or each not in decodes, False)
+        for chunk, each in scheduled
+    ]
+    in_time = within.step_time.predict(pieces) <= within.seconds
+    assert in_time or sum(chunk.length for chunk in plan.chunks) <= TILE
+
+
 @settings(max_examples=150, deadline=None)
 @given(piles())
 def test_any_pile_finishes_within_its_budgets_and_leaks_nothing(pile: dict[str, Any]) -> None:
@@ -128,6 +149,7 @@ def test_any_pile_finishes_within_its_budgets_and_leaks_nothing(pile: dict[str, 
             plan = driver.plan()
             assert plan == driver.plan() and snapshot(state) == before
             check_plan(driver, plan)
+            check_time(driver, plan)
             driver.execute(plan)
             check_ledger(state.ledger, state.running)
         step += 1

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from schedule_driver import Driver, make_state, snapshot
-from schedule_oracle import Oracle
+from schedule_oracle import TILE, Oracle
+from step_times import SLOW_PAIRS
 
 from headrace.cache.checks import check_ledger
 from headrace.core import Sequence, StepPlan
+from headrace.schedule import budget
+from headrace.schedule.budget import Deadline
 
 LAYOUTS: list[list[int | None]] = [
     [None],
@@ -36,9 +39,10 @@ def make_scene(seed: int, served: bool) -> tuple[random.Random, Driver, Oracle]:
     }
     state = make_state(LAYOUTS[seed % len(LAYOUTS)], num_blocks, size, **options)
     groups = [group.window for group in state.ledger.layout.groups]
-    state.limits = replace(state.limits, short_prefill=short_prefill)
+    within = Deadline(draw.choice([6.0, 25.0, 60.0]), SLOW_PAIRS) if seed % 5 == 4 else None
+    state.limits = replace(state.limits, short_prefill=short_prefill, deadline=within)
     driver = Driver(state, vocabulary=draw.choice([2, 1000]))
-    oracle = Oracle(groups, size, num_blocks, short_prefill=short_prefill, **options)
+    oracle = Oracle(groups, size, num_blocks, short_prefill=short_prefill, deadline=within, **options)
     if seed % 2:  # a past of short outputs, so that the forecast is too low and preemption has to help
         for index in range(80):
             (sequence,) = driver.add([1], 1, max_tokens=30 if index % 2 else 20)
@@ -88,7 +92,8 @@ def compare(driver: Driver, oracle: Oracle) -> None:
     ("first_seed", "served"),
     [(seed, False) for seed in range(0, 280, 28)] + [(seed, True) for seed in range(0, 112, 28)],
 )
-def test_plans_and_block_ids_equal_the_oracles(first_seed: int, served: bool) -> None:
+def test_plans_and_block_ids_equal_the_oracles(first_seed: int, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "TILE", TILE)
     preemptions = hits = aborts = both = shared = 0
     for seed in range(first_seed, first_seed + 28):
         draw, driver, oracle = make_scene(seed, served)

@@ -82,8 +82,8 @@ class EngineOptions(Options):
     step_tokens: int = setting(1024, "Most tokens computed in one step; prefill is cut into chunks to fit.", low=1)
     step_seconds: float | None = setting(
         None,
-        "Most seconds a step may take; lowers step_tokens to what `headrace bench steps` has shown to fit, contexts "
-        "being short.",
+        "Most seconds a step may take, as foreseen from what `headrace bench steps` has measured: fewer tokens of "
+        "prompts in it, and fewer still over long contexts. What generates goes on in any case.",
         low=0,
     )
     max_sequences: int = setting(128, "Most sequences that run at once.", low=1)

@@ -137,13 +137,14 @@ class Engine:
         self._drop([each for name in request_ids for each in self._requests.pop(name, ())])
 
     def recache(self, cache: PagedCache, state: SchedulerState) -> None:
-        """Go on with another cache, empty, and the state over it. What was learned of output lengths stays.
+        """Go on with another cache, empty, and the state over it. What was learned of output lengths stays, and so do
+        the bounds of a step.
 
         Raises ValueError while a request is here.
         """
         if self._requests:
             raise ValueError(f"the cache of an engine with {len(self._requests)} unfinished requests cannot be changed")
-        state.lengths = self.state.lengths
+        state.lengths, state.limits = self.state.lengths, self.state.limits
         self._take(cache, state)
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ from headrace.meter.stopwatch import Stopwatch
 from headrace.model import ModelSettings, load_model
 from headrace.options import EngineOptions, PrecisionName
 from headrace.quant.packed import read_note
+from headrace.schedule.budget import Deadline
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.state import SchedulerState
 
@@ -58,7 +59,7 @@ class Choice:
     """What the settings come to on this machine for one model, before any weight is read.
 
     `options` are those asked for, with what `headrace tune` has found in place of defaults, and `step_tokens` as
-    `step_seconds` allows.
+    `step_seconds` allows over short contexts; `deadline` knows the longer ones.
     """
 
     options: EngineOptions
@@ -67,6 +68,7 @@ class Choice:
     precision_reason: str
     threads: int
     policy: KVPolicy
+    deadline: Deadline | None = None
 
     @property
     def machine(self) -> str:
@@ -99,7 +101,8 @@ def choose(options: EngineOptions, checkpoint: Checkpoint) -> Choice:
     if found is None:
         raise InputError(f"step_seconds needs to know what steps take here, once: run `{spell_command(options)}`")
     most = found.most_tokens(options.step_seconds, options.step_tokens)
-    return replace(choice, options=replace(options, step_tokens=most))
+    deadline = Deadline(options.step_seconds, found)
+    return replace(choice, options=replace(options, step_tokens=most), deadline=deadline)
 
 
 def load_engine(options: EngineOptions) -> LoadedEngine:
@@ -121,6 +124,7 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     kernels.set_threads(threads)
     model = load_model(checkpoint, kernels, settings)
     cache, state = open_cache(model, choice.policy, options)
+    state.limits = replace(state.limits, deadline=choice.deadline)
     context = model.config.context_length
     tokenizer = checkpoint.tokenizer()
     meter = Meter(model.shape, load_peaks(choice.machine, threads), watch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from headrace.cache.layout import CacheLayout
@@ -18,6 +18,7 @@ from headrace.meter.operations import Piece
 from headrace.meter.step_time import StepTime
 from headrace.options import EngineOptions
 from headrace.schedule.apply import advance, apply, arrange, finish
+from headrace.schedule.budget import Deadline
 from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.pieces import describe_pieces
 from headrace.schedule.prefixes import pack
@@ -94,6 +95,9 @@ class Simulator:
     ) -> None:
         self.memory = memory
         self.state = SchedulerState.create(memory.layout, memory.num_blocks, options, memory.context_length)
+        if options.step_seconds is not None and step_time is not None:
+            deadline = Deadline(options.step_seconds, step_time)
+            self.state.limits = replace(self.state.limits, deadline=deadline)
         self.schedule = SCHEDULES[options.schedule]()
         self.step_time = step_time
         self.watch = watch

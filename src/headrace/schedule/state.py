@@ -10,6 +10,7 @@ from headrace.cache.layout import CacheLayout
 from headrace.cache.ledger import KVLedger
 from headrace.core import Sequence
 from headrace.options import EngineOptions
+from headrace.schedule.budget import Deadline
 from headrace.schedule.lengths import ADMISSIONS, Lengths
 
 # Programs whose beginning is remembered.
@@ -18,7 +19,8 @@ MOST_PROGRAMS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a step: tokens computed, and sequences that run. Both at least 1.
+    """Bounds of a step: tokens computed, and sequences that run. Both at least 1. And its time, if it has a `deadline`:
+    what generates goes on in any case.
 
     Prompts with at most `short_prefill` tokens to compute do not wait for longer ones; None: all are alike. Beside
     foreground, the background has `background_tokens` more, with as many places of its own; 0: it pauses.
@@ -28,6 +30,7 @@ class Limits:
     max_sequences: int
     short_prefill: int | None = None
     background_tokens: int = 0
+    deadline: Deadline | None = None
 
     def __post_init__(self) -> None:
         if self.step_tokens < 1 or self.max_sequences < 1:

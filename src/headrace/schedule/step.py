@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from headrace.cache.prefix import BlockKey, Hit
 from headrace.core import Admission, Chunk, Request, Sequence, StepPlan
+from headrace.meter.operations import Piece
+from headrace.schedule.budget import Budget
 from headrace.schedule.forecast import Outlook
 from headrace.schedule.lanes import reserve_for_long, short_waits
+from headrace.schedule.pieces import describe_pieces
 from headrace.schedule.room import Room
 from headrace.schedule.state import Limits, SchedulerState
 
@@ -37,20 +40,23 @@ def plan_step(state: SchedulerState, limits: Limits) -> StepPlan:
        blocks that are left, and nobody to preempt but its own. It is admitted only if nothing was preempted and no
        foreground waits for memory or a place, and only if the predicted peak of all together fits.
 
+    With a `deadline`, steps 2 and 4 compute no more than the step has time for beside the tokens of step 1.
+
     `apply` executes the plan: admit, each with the whole blocks of tokens that the prefix tree has of it now; preempt;
     compute the chunks, at most one a sequence, starting at what it has computed.
 
     Every sequence finishes, if each fits the pool alone (`layout.blocks_for(longest) <= num_blocks`, which the engine
     checks): a plan with decodes computes a token of the oldest of them, as in step 3 all others give way and the pool
     that is left to it suffices; decodes end after `max_tokens`. Without decodes the oldest prefill gets a token, as
-    all others give way and half of a rest of two or more is left to either lane. When nothing runs, nothing is promised
-    (a paused sequence's promises do not count), so the first waiting sequence is admitted and runs at least one token,
-    as everything but its own hit can be had. The oldest running sequence is never preempted, so what it computed is
-    never lost and it ends; then the next is the oldest. That holds of the foreground whatever background there is. So
-    foreground that waits without any that runs is admitted at once, background waits for it only while it is being
-    computed, and when no more comes the background is what runs and waits. What step 5 adds changes none of this: it
-    comes after all that the foreground gets, and what it takes gives way to the foreground in the next plan. While the
-    pool is large enough for both, the oldest background gets on by the same steps, and ends beside any foreground.
+    all others give way and half of a rest of two or more is left to either lane. When nothing runs, nothing is
+    promised (a paused sequence's promises do not count), so the first waiting sequence is admitted and runs at least
+    one token, as everything but its own hit can be had; a step in which nothing else is computed has time for it. The
+    oldest running sequence is never preempted, so what it computed is never lost and it ends; then the next is the
+    oldest. That holds of the foreground whatever background there is. So foreground that waits without any that runs
+    is admitted at once, background waits for it only while it is being computed, and when no more comes the
+    background is what runs and waits. What step 5 adds changes none of this: it comes after all that the foreground
+    gets, and what it takes gives way to the foreground in the next plan. While the pool is large enough for both, the
+    oldest background gets on by the same steps, and ends beside any foreground.
     """
     draft = _Draft(state, limits)
     computing = len(draft.alive)
@@ -79,7 +85,7 @@ class _Draft:
         self.room = Room(state.ledger)
         self.alive = list(state.running)
         self.paused: list[Sequence] = []
-        self.budget = limits.step_tokens
+        self.budget = Budget(limits.step_tokens, limits.deadline)
         self.chunks: list[Chunk] = []
         self.admitted: list[Admission] = []
         self.preempted: list[int] = []
@@ -102,14 +108,14 @@ class _Draft:
         """The foreground has what it can have; the background goes on with what is left."""
         self.background, self.pausing = True, False
         self.alive, self.paused = self.paused, []
-        self.budget = self.limits.background_tokens
+        self.budget = Budget(self.limits.background_tokens)
 
     def run_decodes(self) -> None:
         """One token for every running sequence that has one to compute."""
         layout = self.room.layout
         size, groups = layout.block_size, len(layout.groups)
         for index, sequence in enumerate(list(self.alive)):
-            if self.budget == 0 or index == len(self.alive):
+            if self.budget.tokens == 0 or index == len(self.alive):
                 return
             computed = sequence.computed
             if len(sequence.tokens) - computed != 1:
@@ -120,21 +126,23 @@ class _Draft:
                         return
                 self.room.free -= groups
             self.chunks.append(Chunk(sequence.number, computed, 1))
-            self.budget -= 1
+            self.budget.tokens -= 1
 
     def run_prefills(self) -> None:
         """The rest of the budget for running sequences that have more than one token to compute."""
         layout = self.room.layout
+        self._time_decodes()
         prefills = [sequence for sequence in self.alive if len(sequence.tokens) - sequence.computed > 1]
         reserved = self._reserve(prefills)
         lanes, limit = reserved > 0, self.limits.short_prefill or 0
         index = 0
-        while index < len(prefills) and self.budget:
+        while index < len(prefills) and self.budget.tokens:
             sequence = prefills[index]
             index += 1
             computed, blocks = sequence.computed, len(sequence.tables[0])
             long = lanes and len(sequence.tokens) - computed > limit
-            most = min(len(sequence.tokens) - computed, reserved if long else self.budget - reserved)
+            most = min(len(sequence.tokens) - computed, reserved if long else self.budget.tokens - reserved)
+            most = self.budget.fitting(computed, most)
             if most < 1:
                 continue
             self._make_room(computed, blocks, layout.cut_chunk(sequence.prompt_length, computed, most))
@@ -154,7 +162,7 @@ class _Draft:
                 if sequence.request.background:
                     return True
                 continue
-            if self.budget == 0 or len(self.admitted) >= places or deferred == LOOK_AHEAD:
+            if self.budget.tokens == 0 or len(self.admitted) >= places or deferred == LOOK_AHEAD:
                 return len(self.admitted) < places
             # Choices of one request that never ran have equal tokens: if one has to wait for its prefix, so do the
             # next. (Preempted ones stand before them all.)
@@ -163,9 +171,13 @@ class _Draft:
                 skipped = None if sequence.preemptions else sequence.request
                 deferred += 1
                 continue
+            cached = len(hit.nodes) * self.room.layout.block_size
+            most = self.budget.fitting(cached, min(len(sequence.tokens) - cached, self.budget.tokens))
+            if most < 1:
+                return True
             if outlook is None:
                 outlook = self._look_out()
-            if not self._admit(sequence, hit, outlook):
+            if not self._admit(sequence, hit, most, outlook):
                 return False
         return True
 
@@ -179,8 +191,8 @@ class _Draft:
             outlook.add(sequence, state.ledger.match(sequence))
         return outlook
 
-    def _admit(self, sequence: Sequence, hit: Hit, outlook: Outlook) -> bool:
-        """Admit a waiting sequence with its first chunk, if it fits."""
+    def _admit(self, sequence: Sequence, hit: Hit, most: int, outlook: Outlook) -> bool:
+        """Admit a waiting sequence with its first chunk, of at most so many tokens, if it fits."""
         ledger = self.state.ledger
         alone = not self.alive and not self.chunks
         outlook.add(sequence, hit)
@@ -189,7 +201,6 @@ class _Draft:
         for blocks in ledger.hit_blocks(hit.nodes):
             self.room.claim(blocks)
         cached = len(hit.nodes) * ledger.layout.block_size
-        most = min(len(sequence.tokens) - cached, self.budget)
         self._make_room(cached, len(hit.nodes), ledger.layout.cut_chunk(sequence.prompt_length, cached, most))
         self._run(sequence, cached, len(hit.nodes), most)
         self.admitted.append(Admission(sequence.number, cached))
@@ -202,13 +213,19 @@ class _Draft:
         running = hit.promised and not self.pausing
         return running or (hit.extensible and hit.key in self.promised)
 
+    def _time_decodes(self) -> None:
+        """The tokens of step 1 take their time."""
+        if self.budget.deadline is not None:
+            scheduled = [(chunk, self.state.find(chunk.sequence)) for chunk in self.chunks]
+            self.budget.spend_time(describe_pieces(scheduled, self.room.layout, self.state.ledger.pool.references))
+
     def _reserve(self, prefills: list[Sequence]) -> int:
         """Tokens that are for long prefills of the foreground, and no more for them; 0 if they are not held back."""
         state, limit = self.state, self.limits.short_prefill
         if limit is None or not prefills or self.background:
             return 0
         waits = self.places > 0 and short_waits(state.waiting, state.ledger, limit)
-        return reserve_for_long(prefills, waits, self.budget, limit)
+        return reserve_for_long(prefills, waits, self.budget.tokens, limit)
 
     def _make_room(self, computed: int, blocks: int, length: int) -> None:
         """Preempt paused sequences until a chunk of this length fits, or none is left."""
@@ -222,7 +239,8 @@ class _Draft:
             return 0
         length = self.room.layout.cut_chunk(sequence.prompt_length, computed, length)
         self.chunks.append(Chunk(sequence.number, computed, length))
-        self.budget -= length
+        self.budget.tokens -= length
+        self.budget.spend_time([Piece(computed, length, 1, False)])
         self.room.take(computed + length, blocks)
         return length
 

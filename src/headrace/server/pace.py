@@ -17,6 +17,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.loading import choose
 from headrace.meter.step_time import StepTime, describe_setting, load_step_time, spell_command
 from headrace.options import EngineOptions, ServeOptions
+from headrace.schedule.budget import Deadline
 from headrace.schedule.state import Limits
 from headrace.server.patience import Patience
 
@@ -56,9 +57,10 @@ class Pace:
         self.patience = Patience(serve.program_seconds, serve.program_learned, clock)
 
     def fit(self, options: EngineOptions) -> EngineOptions:
-        """The options with `step_tokens` such that no step takes longer than the target, contexts being short.
+        """The options with `step_tokens` such that no step over short contexts takes longer than the target.
 
-        The budget is Sarathi-Serve's (arXiv 2403.02310, section 4.3). A `step_seconds` that is given stays.
+        The budget is Sarathi-Serve's (arXiv 2403.02310, section 4.3). A `step_seconds` that is given stays. Where steps
+        were measured, `take` sets a deadline that knows longer contexts, too.
         """
         checkpoint = open_checkpoint(options.model)
         choice = choose(options, checkpoint)
@@ -78,9 +80,13 @@ class Pace:
         self._limits = replace(engine.state.limits, short_prefill=self._serve.short_prefill)
         most = self._limits.step_tokens
         few = min(GENTLE_UNMEASURED, most)
+        self._gentle = replace(self._limits, step_tokens=few)
         if self._measured is not None:
             few = self._measured.most_tokens(GENTLE_SECONDS, most)
-        self._gentle = replace(self._limits, step_tokens=few)
+            soon = Deadline(GENTLE_SECONDS, self._measured)
+            self._gentle = replace(self._limits, step_tokens=few, deadline=soon)
+            target = self._limits.deadline or Deadline(self._serve.itl_target, self._measured)
+            self._limits = replace(self._limits, deadline=target)
         self._shared = replace(self._limits, background_tokens=few)
         engine.state.limits = self._limits
         prefill = engine.meter.phases["prefill"]

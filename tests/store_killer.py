@@ -32,7 +32,7 @@ def make_record(key: bytes) -> memoryview:
 
 
 def open_store(folder: Path) -> BlockStore:
-    return BlockStore(folder, "killed", RECORD_BYTES, SLOTS * (RECORD_BYTES + 64))
+    return BlockStore(folder, "0" * 32, RECORD_BYTES, SLOTS * (RECORD_BYTES + 64))
 
 
 def write(folder: Path, seed: int) -> None:

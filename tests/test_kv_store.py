@@ -22,10 +22,12 @@ from headrace.core import InputError
 
 RECORD = 1000
 SLOT = RECORD + ENTRY_BYTES
+# Names of stores, as they are in a folder.
+NAME, OTHER, LATE = "b0" * 16, "07" * 16, "1a" * 16
 TESTS = Path(__file__).parent
 
 
-def open_store(folder: Path, slots: int = 4, name: str = "blocks") -> BlockStore:
+def open_store(folder: Path, slots: int = 4, name: str = NAME) -> BlockStore:
     return BlockStore(folder, name, RECORD, slots * SLOT)
 
 
@@ -77,10 +79,10 @@ def test_records_come_back_after_reopening_and_the_least_recently_used_went(tmp_
 @pytest.mark.skipif(sys.platform != "linux", reason="the system cannot be asked to read ahead")
 def test_what_is_prefetched_is_in_memory_soon_and_nothing_else(tmp_path: Path) -> None:
     size = 300_000
-    store = BlockStore(tmp_path, "blocks", size, 1 << 30)
+    store = BlockStore(tmp_path, NAME, size, 1 << 30)
     for number in range(9):
         store.put(make_key(number), memoryview(random.Random(number).randbytes(size)))
-    path = tmp_path / "blocks.blocks"
+    path = tmp_path / f"{NAME}.blocks"
     drop_from_memory(path)
     store.prefetch([make_key(5), make_key(77)])
     pages = range(5 * size // mmap.PAGESIZE + 1, 6 * size // mmap.PAGESIZE)
@@ -130,24 +132,50 @@ def test_a_second_process_reads_and_never_gets_other_bytes(tmp_path: Path) -> No
 
 
 def test_files_of_others_go_first_unless_they_are_in_use(tmp_path: Path) -> None:
-    used, unused = open_store(tmp_path, 6, "used"), open_store(tmp_path, 6, "unused")
+    used, unused = open_store(tmp_path, 6), open_store(tmp_path, 6, OTHER)
     put(used, 0, 1)
     put(unused, 0, 1)
     unused.close()
-    store = open_store(tmp_path, 6)
+    store = open_store(tmp_path, 6, LATE)
     put(store, 2, 3)
-    assert (tmp_path / "unused.blocks").exists()
+    assert (tmp_path / f"{OTHER}.blocks").exists()
     put(store, 4, 5, 6)
-    assert not (tmp_path / "unused.blocks").exists() and not (tmp_path / "unused.index").exists()
+    assert not list(tmp_path.glob(f"{OTHER}.*"))
     assert held(store, range(9)) == [3, 4, 5, 6] and read(used, 1) == record(1)
     assert count_bytes(tmp_path) <= 6 * SLOT
-    full = open_store(tmp_path, 6, "latecomer")
-    put(full, 1)
-    assert len(full) == 0 and count_bytes(tmp_path) <= 6 * SLOT
+
+
+def test_a_folder_that_others_fill_is_said_once_and_asked_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = open_store(tmp_path, 3), open_store(tmp_path, 3, OTHER)
+    put(first, 0, 1, 2)
+    with caplog.at_level(logging.WARNING, logger="headrace"):
+        put(second, 5)
+        # Whoever asks the folder for room makes it anew.
+        (tmp_path / "lock").unlink()
+        put(second, 6, 7)
+    assert len(second) == 0 and not second.writable and not (tmp_path / "lock").exists()
+    assert len(caplog.records) == 1 and "other models hold all of kv_dir_bytes: raise it" in caplog.text
+    put(first, 3)
+    assert held(first, range(9)) == [1, 2, 3] and count_bytes(tmp_path) <= 3 * SLOT
+
+
+def test_files_of_somebody_else_are_neither_counted_nor_removed(tmp_path: Path) -> None:
+    names = ["my-city.blocks", "my-city.index", f"{NAME[:-1]}.blocks", f"{NAME}0.index", f"{NAME}.blocks.bak"]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(9 * SLOT))
+    for name in (OTHER, NAME):
+        store = open_store(tmp_path, 3, name)
+        put(store, 0, 1, 2, 3)
+        assert held(store, range(9)) == [1, 2, 3]
+        store.close()
+    open_store(tmp_path, 2).close()
+    assert all((tmp_path / name).stat().st_size == 9 * SLOT for name in names)
 
 
 def test_a_lower_bound_holds_from_the_start(tmp_path: Path) -> None:
-    for name in ("other", "blocks"):
+    for name in (OTHER, NAME):
         store = open_store(tmp_path, 8, name)
         put(store, 0, 1, 2, 3)
         store.close()
@@ -165,14 +193,14 @@ def test_bytes_that_are_not_those_of_the_entry_are_refused(tmp_path: Path, damag
     store = open_store(tmp_path)
     put(store, 0, 1)
     store.close()
-    blocks = bytearray((tmp_path / "blocks.blocks").read_bytes())
+    blocks = bytearray((tmp_path / f"{NAME}.blocks").read_bytes())
     if damage == "another's":
         blocks[:RECORD] = blocks[RECORD:]
     elif damage == "lost":
         blocks[RECORD // 2 : RECORD] = bytes(RECORD // 2)
     else:
         blocks[0 if damage == "first byte" else RECORD - 1] ^= 1
-    (tmp_path / "blocks.blocks").write_bytes(blocks)
+    (tmp_path / f"{NAME}.blocks").write_bytes(blocks)
     store = open_store(tmp_path)
     assert read(store, 0) is None and store.counts.blocks_refused == 1
     assert held(store, range(2)) == [1] and read(store, 1) == record(1)
@@ -183,11 +211,36 @@ def test_bytes_that_are_not_those_of_the_entry_are_refused(tmp_path: Path, damag
     assert read(store, 0) == record(0) and count_bytes(tmp_path) == 2 * SLOT
 
 
+@pytest.mark.parametrize("fault", ["a disk that takes no writes", "a disk that cannot be read"])
+def test_a_disk_that_fails_where_it_is_read_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    store = open_store(tmp_path)
+    put(store, 0, 1, 2)
+    with (tmp_path / f"{NAME}.blocks").open("r+b") as blocks:
+        blocks.write(bytes(2 * RECORD))
+    limits, index = resource.getrlimit(resource.RLIMIT_FSIZE), os.dup(store._index)
+    if fault == "a disk that takes no writes":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    else:
+        folder = os.open(tmp_path, os.O_RDONLY)
+        os.dup2(folder, store._index)
+        os.close(folder)
+    try:
+        with caplog.at_level(logging.WARNING, logger="headrace"):
+            assert read(store, 0) is None and read(store, 1) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        os.dup2(index, store._index)
+    assert len(caplog.records) == 1 and str(tmp_path) in caplog.text and not store.writable
+    assert held(store, range(3)) == [2] and read(store, 2) == record(2)
+
+
 def test_a_torn_entry_is_no_entry(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     put(store, 0, 1, 2)
     store.close()
-    index = tmp_path / "blocks.index"
+    index = tmp_path / f"{NAME}.index"
     whole = index.read_bytes()
     for place in range(ENTRY_BYTES - 12):
         torn = bytearray(whole)
@@ -227,7 +280,7 @@ def test_a_full_disk_is_said_once_and_the_rest_goes_on(tmp_path: Path, caplog: p
 
 def test_what_cannot_work_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="kv_dir_bytes of 10 holds no KV block"):
-        BlockStore(tmp_path, "blocks", RECORD, 10)
+        BlockStore(tmp_path, NAME, RECORD, 10)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="name another folder"):
         open_store(tmp_path / "file")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jobs import batch_rows, engine_options, run, without_times, write_lines
 from page_cache import drop_from_memory, list_in_memory
 from tiny import make_tiny_model
@@ -22,11 +23,15 @@ from headrace.cache.checks import check_ledger
 from headrace.cache.layout import CacheLayout
 from headrace.cache.ledger import KVLedger
 from headrace.cache.policies.choice import POLICIES
-from headrace.core import InputError, Request, Sequence
+from headrace.cache.store import BlockStore
+from headrace.core import Admission, Chunk, InputError, Request, Sequence, StepPlan
 from headrace.engine.loading import change_kv
 from headrace.job.run import run_job
 from headrace.meter.report import format_report
-from headrace.options import RunOptions, SamplingOptions
+from headrace.options import EngineOptions, RunOptions, SamplingOptions
+from headrace.schedule.apply import apply
+from headrace.schedule.state import SchedulerState
+from headrace.schedule.step import plan_step
 
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=3)
 KIVI = "kivi(k=4, v=2, residual=40)"
@@ -234,6 +239,31 @@ def test_a_cache_that_is_changed_goes_on_with_its_own_blocks(models: dict[str, P
         assert restored(llm) == counts.tokens_restored > 0
 
 
+def test_a_cache_that_cannot_be_changed_keeps_its_blocks_on_disk(models: dict[str, Path], tmp_path: Path) -> None:
+    prompt = make_prompts(2)[1][:70]
+    # Room for three blocks of 32 tokens, and for none of 128.
+    with open_model(models["plain"], tmp_path, kv_dir_bytes=130_000) as llm:
+        counts = llm.engine.counters.kv_store
+        llm.engine.add(Request("open", tuple(prompt), PARAMS))
+        with pytest.raises(ValueError, match="1 unfinished requests"):
+            llm.use_kv(KIVI, 32)
+        llm.engine.abort("open")
+        with pytest.raises(InputError, match="holds no KV block"):
+            llm.use_kv("plain", 128)
+        assert llm.engine.cache.layout.block_size == 32
+        llm.generate([prompt], PARAMS)
+        assert counts.blocks_written == 2
+        llm.use_kv("plain", 32)
+        llm.generate([prompt], PARAMS)
+        assert counts.tokens_restored == 64
+        llm.use_kv(KIVI, 32)
+        llm.generate([prompt], PARAMS)
+        assert counts.blocks_written > 2
+        # What it has left is locked no more.
+        with open_model(models["plain"], tmp_path) as other:
+            assert other.engine.cache.tier is not None and other.engine.cache.tier.store.writable
+
+
 def test_nothing_crosses_between_owners(models: dict[str, Path], tmp_path: Path) -> None:
     prompt = tuple(make_prompts(2)[1])
     counts = []
@@ -262,6 +292,88 @@ def test_a_damaged_block_is_computed_again(models: dict[str, Path], tmp_path: Pa
             assert restored(llm) > 0
             refused.append(llm.engine.counters.kv_store.blocks_refused)
     assert 0 < sum(refused) <= len(damaged) // 100_000 + 1
+
+
+@pytest.mark.parametrize("fault", ["damaged", "recycled"])
+def test_a_step_is_planned_anew_where_nothing_that_was_wanted_could_be_read(
+    models: dict[str, Path], tmp_path: Path, fault: str
+) -> None:
+    source = random.Random(1)
+    prompts = [[source.randrange(3, 300) for _ in range(200)] for _ in range(4)]
+    stored, known = prompts[0], prompts[1]
+    # A prompt and its output take six blocks and a bit. The pool holds three of them, the folder of the second one.
+    small = {"kv_cache_bytes": 20 * 32 << 10, "kv_dir_bytes": 7 * 33 << 10, "schedule": "fcfs"}
+    with open_model(models["plain"], None) as alone:
+        expected = answers(alone.generate([known, stored], PARAMS))
+    with open_model(models["plain"], tmp_path, **small) as writer:
+        writer.generate([stored], PARAMS)
+        with open_model(models["plain"], tmp_path, **small) as reader:
+            if fault == "recycled":
+                writer.generate(prompts[2:], PARAMS)
+            else:
+                (path,) = tmp_path.glob("*.blocks")
+                path.write_bytes(bytes(255 - each for each in path.read_bytes()))
+            for prompt in prompts[1:]:
+                reader.generate([prompt], PARAMS)
+            assert answers(reader.generate([known, stored], PARAMS)) == expected
+            assert restored(reader) == 0
+            check_ledger(reader.engine.state.ledger, reader.engine.state.running)
+
+
+def test_a_sequence_that_cannot_be_let_in_goes_on_waiting() -> None:
+    layout = CacheLayout.from_windows([None], 4)
+    state = SchedulerState.create(layout, 8, EngineOptions())
+    sequence = Sequence(Request("0", tuple(range(9)), PARAMS), 0, 0, list(range(9)))
+    state.add(sequence)
+    with pytest.raises(ValueError, match="4 cached tokens were planned, 0 found"):
+        apply(StepPlan((Chunk(0, 4, 5),), (Admission(0, 4),)), state)
+    assert list(state.waiting) == [sequence] and state.running == []
+    apply(plan_step(state, state.limits), state)
+    assert state.running == [sequence]
+
+
+@pytest.mark.parametrize(
+    ("model", "kv"), [("plain", "plain"), ("windowed", "plain"), ("mixed", "plain"), ("plain", KIVI), ("plain", FIRST)]
+)
+@pytest.mark.parametrize("step_tokens", [1024, 50])
+def test_a_prompt_that_ends_with_a_block_comes_back_too(
+    models: dict[str, Path], tmp_path: Path, model: str, kv: str, step_tokens: int
+) -> None:
+    source = random.Random(0)
+    for length in (255, 256, 257):
+        prompt = [source.randrange(3, 300) for _ in range(length)]
+        found = []
+        for known in (0, (length - 1) // 32 * 32):
+            with open_model(models[model], tmp_path, kv=kv, step_tokens=step_tokens) as llm:
+                found.append(answers(llm.generate([prompt], PARAMS)))
+                assert restored(llm) == known
+        assert found[0] == found[1]
+
+
+def test_a_conversation_whose_next_turn_is_not_let_in_yet_stays_kept(tmp_path: Path) -> None:
+    layout, tokens = CacheLayout.from_windows([None], 4, 16), list(range(20))
+    first, next_turn = (
+        Sequence(Request(str(index), tuple(tokens[:end]), PARAMS, program="talk"), 0, index, tokens[:end])
+        for index, end in enumerate((9, 20))
+    )
+    store = BlockStore(tmp_path, "0" * 32, layout.block_bytes, 1 << 20)
+    # What another run has computed, and what this one has kept.
+    for sequence in (next_turn, first):
+        ledger = KVLedger(layout, 16)
+        below = tier.Tier(store, ledger, torch.zeros(16, layout.block_bytes, dtype=torch.uint8), b"root")
+        length = len(sequence.tokens)
+        ledger.admit(sequence, 0)
+        ledger.grow(sequence, length)
+        below.save([(Chunk(sequence.number, 0, length), sequence)])
+        sequence.computed = length
+        ledger.publish(sequence)
+        ledger.keep(sequence, 100.0)
+        ledger.release(sequence)
+    assert below.restore([next_turn], below.room) == 4 and store.counts.tokens_restored == 8
+    assert len(ledger.match(next_turn).nodes) == 4 and ("", "talk") in ledger.keeps
+    ledger.expire(50.0)
+    assert ("", "talk") in ledger.keeps and len(ledger.keeps) == 1
+    check_ledger(ledger, [])
 
 
 def test_two_at_once_share_what_the_first_had_written(models: dict[str, Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ lost power, and then the checksum, which is compared with what was copied and no
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import logging
 import mmap
 import os
@@ -16,11 +16,12 @@ import struct
 import sys
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from headrace.cache.folder import BLOCKS, INDEX, count_bytes, hold_folder, make_fit, open_file, remove_oldest, try_lock
 from headrace.core import InputError
 from headrace.meter.counters import StoreCounts
 
@@ -31,7 +32,6 @@ KEY_BYTES = 32
 FIELDS = struct.Struct(f"<{KEY_BYTES}sQII")
 ENTRY_BYTES = 64
 CLEARED = bytes(ENTRY_BYTES)
-BLOCKS, INDEX = ".blocks", ".index"
 # Linux reads no more ahead at a time than a disk's read_ahead_kb, which is this by default.
 AHEAD_BYTES = 128 << 10
 
@@ -57,11 +57,13 @@ class Entry(NamedTuple):
 
 
 class BlockStore:
-    """Records of `record_bytes` under this name, in a folder whose files together take at most `most_bytes`.
+    """Records of `record_bytes` under this name, 32 hexadecimal digits, in a folder whose stores together take at most
+    `most_bytes`.
 
     When the folder is full, files under other names that nobody writes go first, the oldest first, then the least
     recently used records of this one. The first who opens a name writes; another process that opens it meanwhile reads
-    what was there when it did (not `writable`), and nobody waits. When the disk refuses, writing ends with a warning.
+    what was there when it did (not `writable`), and nobody waits. When the disk refuses, or others who write have all
+    the room, writing ends with a warning.
 
     Raises InputError for a folder that cannot be used, or a bound that holds no record.
     """
@@ -108,15 +110,12 @@ class BlockStore:
             return
         try:
             slot = self._take_slot()
-            if slot is None:
-                return
             write_all(self._blocks, record, slot * self.record_bytes)
             checksum = zlib.crc32(record, zlib.crc32(key))
             entry = Entry(key, self._clock, self.record_bytes, checksum)
             write_all(self._index, memoryview(entry.pack()), slot * ENTRY_BYTES)
         except OSError as error:
-            self.writable = False
-            log.warning("no more KV blocks are written to %s, and the run goes on: %s", self.folder, error.strerror)
+            self._end_writing(error)
             return
         self._slots[key] = slot
         self._clock += 1
@@ -138,17 +137,17 @@ class BlockStore:
                     os.posix_fadvise(self._blocks, start, min(AHEAD_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
     def read(self, key: bytes, into: memoryview) -> bool:
-        """Copy a record to where it is wanted. False if it is not here; `into` then holds anything."""
-        slot = self._slots.get(key)
-        entry = None if slot is None else self._read_entry(slot)
-        if slot is None or entry is None or entry.key != key:
+        """Copy a record to where it is wanted. False if it is not here or cannot be read; `into` then holds anything.
+
+        Never raises OSError.
+        """
+        try:
+            found = self._copy(key, into)
+        except OSError as error:
+            self._end_writing(error)
+            found = False
+        if not found:
             self._slots.pop(key, None)
-            return False
-        start = slot * self.record_bytes
-        with memoryview(self._mapped(start + self.record_bytes)) as mapped:
-            into[:] = mapped[start : start + self.record_bytes]
-        if zlib.crc32(into, zlib.crc32(key)) != entry.checksum:
-            self._refuse(key, slot)
             return False
         self._slots.move_to_end(key)
         self.counts.blocks_read += 1
@@ -167,6 +166,12 @@ class BlockStore:
         os.close(self._blocks)
         self._slots, self._map, self.writable = OrderedDict(), None, False
         self._index = self._blocks = -1
+
+    def _end_writing(self, error: OSError) -> None:
+        """Say why, once; what is here can still be read."""
+        if self.writable:
+            log.warning("no more KV blocks are written to %s, and the run goes on: %s", self.folder, error.strerror)
+        self.writable = False
 
     def _note_order(self) -> None:
         for used, slot in enumerate(self._slots.values()):
@@ -187,12 +192,14 @@ class BlockStore:
             self._slots[entry.key] = slot
             self._clock = entry.used + 1
 
-    def _take_slot(self) -> int | None:
-        """A slot whose entry is cleared: free, new within the bound, or the least recently used; None if none is."""
+    def _take_slot(self) -> int:
+        """A slot whose entry is cleared: free, new within the bound, or the least recently used. Raises OSError."""
         if self._free:
             return self._free.pop()
         slot = self._grow()
-        if slot is None and self._slots:
+        if slot is None:
+            if not self._slots:
+                raise OSError(errno.ENOSPC, "other models hold all of kv_dir_bytes: raise it, or name another folder")
             _, slot = self._slots.popitem(last=False)
             os.pwrite(self._index, CLEARED, slot * ENTRY_BYTES)
         return slot
@@ -217,37 +224,22 @@ class BlockStore:
             self._map = mmap.mmap(self._blocks, 0, access=mmap.ACCESS_READ)
         return self._map
 
-    def _refuse(self, key: bytes, slot: int) -> None:
-        """The bytes are not those of the entry. A reader may only have been too slow; a writer clears the entry."""
-        del self._slots[key]
+    def _copy(self, key: bytes, into: memoryview) -> bool:
+        slot = self._slots.get(key)
+        entry = None if slot is None else self._read_entry(slot)
+        if slot is None or entry is None or entry.key != key:
+            return False
+        start = slot * self.record_bytes
+        with memoryview(self._mapped(start + self.record_bytes)) as mapped:
+            into[:] = mapped[start : start + self.record_bytes]
+        if zlib.crc32(into, zlib.crc32(key)) == entry.checksum:
+            return True
+        # The bytes are not those of the entry. A reader may only have been too slow; a writer clears the entry.
         self.counts.blocks_refused += 1
         if self.writable:
             os.pwrite(self._index, CLEARED, slot * ENTRY_BYTES)
             self._free.append(slot)
-
-
-def open_file(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-def try_lock(descriptor: int) -> bool:
-    """Take the lock of an open file until it is closed; False if another has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
         return False
-    return True
-
-
-@contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """While files are made, grow or go, one process at a time. Held for microseconds."""
-    descriptor = open_file(folder / "lock")
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -255,33 +247,3 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
-
-
-def count_bytes(folder: Path) -> int:
-    return sum(each.stat().st_size for each in folder.iterdir() if each.suffix in (BLOCKS, INDEX))
-
-
-def make_fit(folder: Path, name: str, most_bytes: int) -> None:
-    """Bring a folder whose bound was lowered within it. Readers may have a file mapped, so none is made shorter."""
-    own = folder / f"{name}{BLOCKS}"
-    if own.exists() and own.stat().st_size + own.with_suffix(INDEX).stat().st_size > most_bytes:
-        own.unlink()
-        os.truncate(own.with_suffix(INDEX), 0)
-    excess = count_bytes(folder) - most_bytes
-    if excess > 0:
-        remove_oldest(folder, excess)
-
-
-def remove_oldest(folder: Path, needed: int) -> bool:
-    """Remove files that nobody writes, the oldest first, until so many bytes are gone; False if they were too few."""
-    for blocks in sorted(folder.glob(f"*{BLOCKS}"), key=lambda each: each.stat().st_mtime):
-        index = blocks.with_suffix(INDEX)
-        descriptor = open_file(index)
-        if try_lock(descriptor):
-            needed -= blocks.stat().st_size + index.stat().st_size
-            blocks.unlink()
-            index.unlink()
-        os.close(descriptor)
-        if needed <= 0:
-            return True
-    return False

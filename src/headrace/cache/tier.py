@@ -10,7 +10,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
 
@@ -42,8 +42,9 @@ class Track:
 class Tier:
     """Copies blocks between an arena, uint8 [blocks, block bytes], and a store, for the sequences of one ledger.
 
-    Blocks of full attention are all saved. Of a sliding window those are saved that are seen from a place where a
-    sequence stood: where it was admitted, and the last full block of each chunk. From there one can go on.
+    Blocks of full attention are all saved. Of a sliding window those are saved that are seen from a place where one
+    can go on: where a sequence was admitted, behind the last full block of each chunk, and where the same tokens would
+    start if they came again.
 
     Blocks come back whole and before the step that uses them: a step computes all layers of its tokens, so the first
     layer needs its bytes at once, and a copy takes a small part of what computing takes. The disk has read them by
@@ -69,14 +70,15 @@ class Tier:
         """Put into the tree what the store has of waiting sequences, in at most so many blocks; how many it took.
 
         What came back cannot be evicted before the next `ledger.expire`, unless somebody who runs needs its room.
+        Blocks that could not be read count too: others were evicted for them, so what was planned may not be there.
         """
         ledger, taken, sequences = self.ledger, 0, list(sequences)
         self.prefetch(sequences)
         for sequence in sequences:
             hit = ledger.match(sequence)
             depth, most = len(hit.nodes), (room - taken) // len(ledger.layout.groups)
-            if hit.extensible and self._restore(sequence, depth, most) > depth:
-                taken += sum(map(len, ledger.hit_blocks(ledger.match(sequence).nodes)))
+            if hit.extensible:
+                taken += self._restore(sequence, depth, most)
         return taken
 
     def prefetch(self, sequences: Iterable[Sequence]) -> None:
@@ -107,25 +109,27 @@ class Tier:
         self.store.close()
 
     def _restore(self, sequence: Sequence, depth: int, most: int) -> int:
-        """Extend a sequence's hit of `depth` nodes by what the store has, to at most `most`; how long it then is."""
+        """Extend a hit of `depth` nodes by what the store has, to at most `most` nodes; how many blocks it took."""
         ledger, size = self.ledger, self.ledger.layout.block_size
         reach = self._reach(sequence, depth, min(most, ledger.count_sharable(sequence)))
         if reach == depth:
-            return depth
-        # The sequence is let in as if it had computed its blocks, and leaves again at once: they stay in the tree.
-        ledger.admit(sequence, depth * size)
-        ledger.grow(sequence, reach * size)
-        sequence.computed = reach * size
-        ledger.slide(sequence)
-        while depth < reach and self._read(sequence, depth):
+            return 0
+        # A guest is let in as if it had computed the blocks, and leaves again at once: they stay in the tree. It is of
+        # no program: what is kept for the sequence's own is let go when the sequence itself is admitted.
+        request = replace(sequence.request, program="")
+        guest = Sequence(request, sequence.index, sequence.number, sequence.tokens, computed=reach * size)
+        ledger.admit(guest, depth * size)
+        ledger.grow(guest, reach * size)
+        ledger.slide(guest)
+        taken = sum(block != ABSENT for table in guest.tables for block in table)
+        while depth < reach and self._read(guest, depth):
             depth += 1
             self.store.counts.tokens_restored += size
-        sequence.computed = depth * size
-        ledger.publish(sequence)
-        ledger.keep(sequence, 0.0, (sequence.request.owner, f"\0restored {sequence.number}"))
-        ledger.release(sequence)
-        sequence.computed = 0
-        return depth
+        guest.computed = depth * size
+        ledger.publish(guest)
+        ledger.keep(guest, 0.0, (request.owner, f"\0restored {guest.number}"))
+        ledger.release(guest)
+        return taken
 
     def _ask(self, sequence: Sequence) -> int:
         """Ask for the nodes behind a sequence's hit, up to the first that the store does not have; how many."""
@@ -172,8 +176,10 @@ class Tier:
         keys, size = self._keys(sequence, end), self.ledger.layout.block_size
         begin = self._track(sequence).saved
         wanted: list[tuple[int, Rows[int]]] = [(group, range(begin, end)) for group in self.ledger.full_groups]
+        # The same tokens, should they come again, leave the last of them to compute: they start before that.
+        places = {start, min(end, (len(sequence.tokens) - 1) // size), end}
         for each in self.ledger.sliding:
-            wanted += [(each.group, each.list_seen(place * size, place)) for place in (start, end)]
+            wanted += [(each.group, each.list_seen(place * size, place)) for place in places]
         for group, positions in wanted:
             for position in positions:
                 block, key = sequence.tables[group][position], name_block(keys[position], group)

@@ -26,6 +26,7 @@ from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model
 from headrace.schedule.apply import abort, advance, apply, arrange, expire, finish
 from headrace.schedule.base import Schedule
+from headrace.schedule.fit import check_fit
 from headrace.schedule.pieces import describe_pieces, wanted_rows
 from headrace.schedule.prefixes import pack
 from headrace.schedule.state import SchedulerState
@@ -137,13 +138,8 @@ class Engine:
         self._drop([each for name in request_ids for each in self._requests.pop(name, ())])
 
     def recache(self, cache: PagedCache, state: SchedulerState) -> None:
-        """Go on with another cache, empty, and the state over it. What was learned of output lengths stays, and so do
-        the bounds of a step.
-
-        Raises ValueError while a request is here.
-        """
-        if self._requests:
-            raise ValueError(f"the cache of an engine with {len(self._requests)} unfinished requests cannot be changed")
+        """Go on with another cache, empty, and the state over it, when no request is here. What was learned of output
+        lengths stays, and so do the bounds of a step."""
         state.lengths, state.limits = self.state.lengths, self.state.limits
         self._take(cache, state)
 
@@ -161,9 +157,8 @@ class Engine:
         self.meter.shape = replace(self.model.shape, older_bytes=cache.layout.older_token_bytes)
 
     def _check(self, request: Request) -> None:
-        vocabulary, length = self.model.config.vocab_size, len(request.prompt_token_ids)
-        if length == 0:
-            raise RowError("empty_prompt", "the prompt has no tokens")
+        ledger, vocabulary = self.state.ledger, self.model.config.vocab_size
+        check_fit(request, ledger.layout, ledger.num_blocks, self.context_length)
         if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= vocabulary:
             raise RowError("token_range", f"prompt token ids must be from 0 to {vocabulary - 1}")
         params = request.params
@@ -171,16 +166,6 @@ class Engine:
             outside = [token for token in tokens if not 0 <= token < vocabulary]
             if outside:
                 raise RowError("token_range", f"{name} names token {outside[0]}; token ids are 0 to {vocabulary - 1}")
-        if length + request.generates > self.context_length:
-            raise RowError("context_length", f"the prompt has {length} tokens; the context holds {self.context_length}")
-        most = min(length + (request.params.max_tokens if request.generates else 0), self.context_length)
-        needed, present = self.state.ledger.layout.blocks_for(most, prompt=length), self.state.ledger.num_blocks
-        if needed > present:
-            raise RowError(
-                "kv_memory",
-                f"prompt and output of {most} tokens need {needed} KV blocks and the budget holds {present}: "
-                "raise kv_cache_bytes or lower max_tokens",
-            )
 
     def _count(self, plan: StepPlan, scheduled: Rows[tuple[Chunk, Sequence]]) -> None:
         """Count a step that has been computed. A prompt token counts once, where it was first found or computed."""

@@ -143,14 +143,18 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
 def change_kv(engine: Engine, options: EngineOptions) -> None:
     """Give an engine in which nothing waits or runs an empty cache of options.kv, within options.kv_cache_bytes.
 
-    Raises InputError for a policy that cannot serve the model.
+    Raises InputError for a policy that cannot serve the model or a kv_dir that cannot be used, ValueError while a
+    request is unfinished. The cache is then what it was.
     """
+    if engine.unfinished:
+        raise ValueError(f"the cache of an engine with {engine.unfinished} unfinished requests cannot be changed")
     cache, state = open_cache(engine.model, make_policy(options.kv), options)
     tier = engine.cache.tier
     if tier is not None:
-        tier.close()
-        cache.tier = open_tier(options, cache, state, tier.identity)
+        cache.tier = open_tier(options, cache, state, tier.identity, tier)
         cache.tier.store.counts = engine.counters.kv_store
+        if cache.tier.store is not tier.store:
+            tier.close()
     engine.recache(cache, state)
 
 
@@ -177,10 +181,16 @@ def identify(choice: Choice, checkpoint: Checkpoint, weights: str, context: int)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def open_tier(options: EngineOptions, cache: PagedCache, state: SchedulerState, identity: str) -> Tier:
-    """The tier below the cache. Raises InputError for a folder that cannot be used."""
+def open_tier(
+    options: EngineOptions, cache: PagedCache, state: SchedulerState, identity: str, before: Tier | None = None
+) -> Tier:
+    """The tier below the cache. Where the one before it has the same blocks, it takes over the store, whose files are
+    locked. Raises InputError for a folder that cannot be used."""
     layout = cache.layout
     root = hashlib.sha256(f"{identity} {options.kv} {layout}".encode())
-    folder = Path(options.kv_dir or "").expanduser()
-    store = BlockStore(folder, root.hexdigest()[:32], layout.block_bytes, options.kv_dir_bytes)
+    if before is not None and before.root == root.digest():
+        store = before.store
+    else:
+        folder = Path(options.kv_dir or "").expanduser()
+        store = BlockStore(folder, root.hexdigest()[:32], layout.block_bytes, options.kv_dir_bytes)
     return Tier(store, state.ledger, cache.arena, root.digest(), identity)

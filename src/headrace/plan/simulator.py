@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from headrace.cache.layout import CacheLayout
-from headrace.core import Request, Sequence, StepPlan
+from headrace.core import Request, RowError, Sequence, StepPlan
 from headrace.engine.engine import Engine
 from headrace.meter.operations import Piece
 from headrace.meter.step_time import StepTime
@@ -20,6 +20,7 @@ from headrace.options import EngineOptions
 from headrace.schedule.apply import advance, apply, arrange, finish
 from headrace.schedule.budget import Deadline
 from headrace.schedule.choice import SCHEDULES
+from headrace.schedule.fit import check_fit
 from headrace.schedule.pieces import describe_pieces
 from headrace.schedule.prefixes import pack
 from headrace.schedule.state import SchedulerState
@@ -50,12 +51,12 @@ class Memory:
         return cls(cache.layout, cache.num_blocks, engine.context_length)
 
     def refuses(self, request: Request) -> bool:
-        """Whether the engine would refuse it, as too long: by the most that it may generate, not by what it will."""
-        prompt = len(request.prompt_token_ids)
-        if not prompt or prompt + request.generates > self.context_length:
+        """Whether the engine would refuse it, as too long."""
+        try:
+            check_fit(request, self.layout, self.num_blocks, self.context_length)
+        except RowError:
             return True
-        most = min(prompt + (request.params.max_tokens if request.generates else 0), self.context_length)
-        return self.layout.blocks_for(most, prompt=prompt) > self.num_blocks
+        return False
 
 
 @dataclass(slots=True)

@@ -59,9 +59,9 @@ def apply(plan: StepPlan, state: SchedulerState) -> None:
     """
     for admission in plan.admit:
         sequence = state.find(admission.sequence)
+        state.ledger.admit(sequence, admission.cached)
         state.waiting.remove(sequence)
         state.running.append(sequence)
-        state.ledger.admit(sequence, admission.cached)
         sequence.computed = admission.cached
         if sequence.preemptions == 0:
             sequence.tokens = sequence.tokens[:]

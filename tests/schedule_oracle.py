@@ -33,6 +33,7 @@ class Draft:
     entered: list[Record] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     timed: bool = True
+    prompts: int = 0
 
 
 @dataclass(kw_only=True)
@@ -69,7 +70,7 @@ class Oracle(OracleMemory):
             while record in alive and room(record) < 1:
                 draft.preempted.append((paused or alive).pop().number)
             if record in alive:
-                self.run(draft, record, 1, wanted=record.generates)
+                self.run(draft, record, 1, decode=True)
         prefills = [each for each in alive if len(each.tokens) - each.computed > 1]
         shares = {} if beside else self.shares(prefills, draft.budget)
         for record in prefills:
@@ -91,21 +92,20 @@ class Oracle(OracleMemory):
                     shares[lane] -= length
 
     def in_time(self, draft: Draft, start: int, most: int) -> int:
-        """The longest chunk that ends a tile, or is the whole, and is in the step's first tile or foreseen in time."""
+        """The longest chunk that ends a tile, or is the whole, and is foreseen in time; or what is granted, if more."""
         if self.deadline is None or not draft.timed:
             return most
         done = sum(piece.length for piece in draft.pieces)
-        first = max(0, TILE - done)
         for length in range(most, 0, -1):
             foreseen = self.deadline.step_time.predict([*draft.pieces, Piece(start, length, 1, False)])
-            if length <= first and length in (most, first):
-                return length
-            if (length == most or (done + length) % TILE == 0) and foreseen <= self.deadline.seconds:
+            in_time = foreseen <= self.deadline.seconds and (length == most or (done + length) % TILE == 0)
+            if in_time or length <= TILE - draft.prompts:
                 return length
         return 0
 
-    def run(self, draft: Draft, record: Record, length: int, wanted: int = 1) -> None:
-        draft.pieces.append(Piece(record.computed, length, wanted, False))
+    def run(self, draft: Draft, record: Record, length: int, decode: bool = False) -> None:
+        draft.pieces.append(Piece(record.computed, length, record.generates or not decode, False))
+        draft.prompts += 0 if decode else length
         draft.chunks.append(Chunk(record.number, record.computed, length))
         draft.budget -= length
         draft.new += (self.ceil(record.computed + length) - len(record.tables[0])) * len(self.windows)

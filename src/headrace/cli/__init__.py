@@ -1,4 +1,4 @@
-"""The command line: `headrace run`, `report`, `pull`, `models`, `bench`, `eval`. Starts without torch."""
+"""The command line: `headrace` and all its commands, whose root is in `commands`. Starts without torch."""
 
 from headrace.cli.commands import app
 from headrace.cli.entry import main

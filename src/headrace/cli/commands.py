@@ -1,7 +1,7 @@
-"""The command line's root, and `headrace run`, `pull` and `models`: flags in, calls to the other rooms out.
+"""The command line's root, where every command has its name; `headrace run`, `pull` and `models` are written here.
 
-The flags of `run` are generated from the option classes. Rooms that load torch are imported inside the command that
-needs them, so that help and typing errors answer at once.
+Flags in, calls to the other rooms out. The flags of `run` are generated from the option classes. Rooms that load torch
+are imported inside the command that needs them, so that help and typing errors answer at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands that measure: `headrace bench`, `headrace eval`, `headrace report`."""
+"""The commands that measure: `headrace bench`, `eval ppl`, `eval agree`, `quantize`; and `report`, to show a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`headrace plan`: what a job will take, before it runs."""
+"""`headrace plan`: what a job will take, before it runs; `headrace tune`: which settings make it faster here."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def tune(
 
     Tokens a step, sequences, block size, threads: many by simulation (`headrace bench steps` must have been run), the
     best by short runs in turn, some three minutes for 135 million parameters. Runs then use what was found wherever
-    these settings are left at their defaults (--no-tuned: not). No result changes by it.
+    these settings have their defaults, given or not (--no-tuned: nowhere). No result changes by it.
 
     \b
     Example:

@@ -20,7 +20,8 @@ SCALED = ("requests", "seconds", "energy_j", "steps", "preemptions", "windows", 
 
 
 def foresee(llm: LLM, feed: Feed, rows: int, elapsed: float) -> dict[str, Any]:
-    """The forecast of `rows` rows, from those that the feed has brought to the engine so far in `elapsed` seconds.
+    """The forecast of `rows` rows, from those that the feed has brought to the engine so far. `seconds` counts the
+    `elapsed` ones.
 
     Without step times of this machine `seconds` is None, and there is only `measure`, the command that measures them.
     """
@@ -34,8 +35,9 @@ def foresee(llm: LLM, feed: Feed, rows: int, elapsed: float) -> dict[str, Any]:
     memory = Memory.of_engine(engine)
     found = asdict(forecast(pile.tasks, llm.options, memory, step_time, pile.outputs_known, MOST_STEPS))
     del found["timeline"]
-    found["seconds"] += elapsed
     scale = 1.0 if feed.exhausted else max(1.0, rows / max(1, feed.flow.rows))
     for name in SCALED:
         found[name] = None if found[name] is None else found[name] * scale
+    # What has passed does not come again, as the choice of a KV cache. To read the rest takes little beside its steps.
+    found["seconds"] += elapsed
     return found | {"rows": rows, "rows_seen": feed.flow.rows}

@@ -38,29 +38,32 @@ class Pile:
 
 
 class Expectation:
-    """How many tokens a request will generate: certain where the end token is ignored, the mean of the choices where it
-    must choose, else what the user expects, else the most that it may."""
+    """How many tokens a request will generate: the most that it may where nothing can end it sooner, the mean of the
+    choices where it must choose, else what the user expects, else the most that it may."""
 
     def __init__(self, tokenizer: Tokenizer, expected: int | None = None) -> None:
         self.expected = expected
-        self._mean = lru_cache(maxsize=1024)(lambda choices: count_choice(choices, tokenizer))
+        self._look = lru_cache(maxsize=1024)(lambda choices: count_choice(choices, tokenizer))
 
     def look(self, request: Request) -> tuple[int, bool]:
         """Tokens, and whether that is certain."""
         params = request.params
         if not request.generates:
             return 0, True
-        if params.ignore_eos and params.constraint is None and not params.stop:
+        if params.ignore_eos and params.constraint is None and not params.stop and not params.stop_token_ids:
             return params.max_tokens, True
         if params.constraint is not None and params.constraint.kind == "choice":
-            return min(params.max_tokens, self._mean(params.constraint.value)), True
+            mean, certain = self._look(params.constraint.value)
+            return min(params.max_tokens, mean), certain
         return min(params.max_tokens, self.expected or params.max_tokens), False
 
 
-def count_choice(choices: str, tokenizer: Tokenizer) -> int:
-    """The mean length in tokens of a JSON list of texts."""
-    lengths = [len(tokenizer.encode(choice, special=False)) for choice in json.loads(choices)]
-    return max(1, round(sum(lengths) / len(lengths)))
+def count_choice(choices: str, tokenizer: Tokenizer) -> tuple[int, bool]:
+    """The mean length in tokens of a JSON list of texts, and whether that is certain: a model may say a word that is a
+    token in several smaller ones, and cannot for a single byte only."""
+    texts = json.loads(choices)
+    lengths = [len(tokenizer.encode(text, special=False)) for text in texts]
+    return max(1, round(sum(lengths) / len(lengths))), all(len(text.encode()) == 1 for text in texts)
 
 
 def make_pile(requests: Iterable[Request], expectation: Expectation) -> Pile:

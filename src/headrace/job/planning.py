@@ -13,6 +13,7 @@ from headrace.core import InputError
 from headrace.job.intake import STDIN, Ask, open_rows
 from headrace.job.pile import Expectation, Pile, read_pile
 from headrace.meter.peaks import count_cores
+from headrace.meter.report import format_share
 from headrace.meter.step_time import spell_command
 from headrace.plan.forecast import forecast
 from headrace.plan.site import Site, open_site
@@ -55,10 +56,16 @@ def plan_job(ask: Ask, expected: int | None, compare: bool, tell: Tell) -> dict[
         **foresee(site, pile, ask.run.price_per_hour),
         "settings": {name: site.settings[name] for name in SHOWN},
         "precision_reason": site.choice.precision_reason,
+        "kv_reason": explain_kv(ask.kv_loss) if ask.kv_loss else None,
     }
     if compare:
         values["compared"] = list(compare_settings(ask, site, checkpoint, pile, tell))
     return values
+
+
+def explain_kv(budget: float) -> str:
+    """What a forecast says of --kv-loss: to know which cache that is takes the model itself."""
+    return f"the full cache is foreseen: the run measures first which smaller one loses at most {format_share(budget)}"
 
 
 def foresee(site: Site, pile: Pile, price: float | None) -> dict[str, Any]:

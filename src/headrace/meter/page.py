@@ -43,7 +43,8 @@ svg {{ width: 100%; height: auto; }}
 def draw_page(report: Mapping[str, Any]) -> str:
     """The page of a report. Raises InputError for one of a run that computed nothing."""
     if "timeline" not in report:
-        raise InputError("this run computed nothing (all rows were answered before): there is nothing to draw")
+        why = "all rows were refused, or answered before"
+        raise InputError(f"this run computed nothing ({why}): there is nothing to draw")
     drawings: list[Drawing] = [
         ("Tokens a second and sequences in a step, over the run", draw_timeline),
         ("Operators under the roofline of this machine", draw_roofline),
@@ -68,7 +69,10 @@ def make_page(title: str, headline: str, text: str, drawings: Sequence[Drawing],
 
 
 def draw_timeline(axes: Axes, report: Mapping[str, Any]) -> None:
+    """Raises InputError where no step took any time, as of a pile of which every row is refused."""
     points = [point for point in report["timeline"] if point[1] > 0]
+    if not points:
+        raise InputError("none of these rows can be computed: there is nothing to draw")
     edges = [point[0] for point in points] + [points[-1][0] + points[-1][1]]
     prompt, output = ([point[place] / point[1] for point in points] for place in (2, 3))
     axes.stairs(prompt, edges, fill=True, color="#9ecae1", label="prompt tokens a second")

@@ -16,6 +16,7 @@ from typing import Any
 
 from headrace.meter.kept import kept_path, read_kept, write_kept
 from headrace.meter.operations import Piece, count_seen
+from headrace.meter.report import list_versions
 from headrace.options import EngineOptions
 
 # Settings that change a step's time: a measurement is kept by them, beside the model and the processor.
@@ -104,8 +105,10 @@ def interpolate(table: Table, count: int) -> float:
 
 
 def describe_setting(model_hash: str, machine: str, resolved: dict[str, Any]) -> str:
-    """For what a measurement holds: the model, the processor, and the settings that change a step's time."""
-    return " ".join([model_hash[:16], machine, *(f"{name}={resolved[name]}" for name in MEASURED)])
+    """For what a measurement holds: the model, the processor, the settings and versions that change a step's time."""
+    versions = {name: number for name, number in list_versions().items() if name in ("headrace", "torch")}
+    facts = {name: resolved[name] for name in MEASURED} | versions
+    return " ".join([model_hash[:16], machine, *(f"{name}={value}" for name, value in facts.items())])
 
 
 def spell_command(options: EngineOptions) -> str:

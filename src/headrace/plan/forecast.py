@@ -26,9 +26,11 @@ class Forecast:
 
     refused          of the requests, those that the engine refuses as too long
     prompt_tokens, output_tokens   what rows bring and what they are taken to generate (`outputs_known`: exactly)
-    optimum_tokens   prompt tokens that must be computed if nothing computed were ever forgotten
+    optimum_tokens   prompt tokens that must be computed if nothing computed were ever forgotten; all of them where the
+                     settings share no prefixes
     arrival_tokens   those that a least-recently-used cache of the KV budget computes in the order of the file
     planned_tokens   those that the chosen schedule computes, whole blocks being shared
+    windows          in which the schedule plans, one after the other; 0 for one that does not
     seconds          None where no step times were measured; error is the share by which they may be wrong
     simulated        the share of the work that was simulated; the rest is taken to go on alike
     """
@@ -71,20 +73,21 @@ def forecast(
     total = sum(map(len, prompts))
     seconds = None if step_time is None else found.seconds / share
     planned = total - round(found.cached_prompt_tokens / share)
+    shares = options.prefix_cache and memory.layout.shares_prefixes
     return Forecast(
         requests=requests,
         refused=requests - len(tasks),
         prompt_tokens=total,
         output_tokens=outputs,
         outputs_known=outputs_known,
-        optimum_tokens=count_distinct(prompts),
-        arrival_tokens=count_arrival(prompts, memory) if options.prefix_cache else total,
+        optimum_tokens=count_distinct(prompts) if shares else total,
+        arrival_tokens=count_arrival(prompts, memory) if shares else total,
         planned_tokens=max(0, planned),
         kv_peak_bytes=found.peak_blocks * memory.layout.block_bytes,
         kv_budget_bytes=memory.num_blocks * memory.layout.block_bytes,
         steps=round(found.steps / share),
         preemptions=round(found.preemptions / share),
-        windows=max(1, round(found.windows / share)),
+        windows=round(found.windows / share),
         simulated=round(share, 4),
         seconds=seconds,
         error=None if step_time is None else max(LEAST_ERROR, 2 * step_time.error),

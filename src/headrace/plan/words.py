@@ -47,6 +47,8 @@ def format_forecast(values: Mapping[str, Any]) -> str:
         lines.insert(7, ("energy", f"{values['energy_j']:,.0f} J"))
     if values["cost"] is not None:
         lines.insert(7, ("cost", f"{values['cost']:.4f}"))
+    if values["kv_reason"] is not None:
+        lines.insert(5, ("KV loss", values["kv_reason"]))
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
 
@@ -72,7 +74,8 @@ def share(part: int, whole: int) -> str:
 
 
 def count_windows(values: Mapping[str, Any]) -> str:
-    return "planned as a whole" if values["windows"] == 1 else f"planned in {values['windows']:,} windows"
+    names = {0: "not planned", 1: "planned as a whole"}
+    return names.get(values["windows"], f"planned in {values['windows']:,} windows")
 
 
 def describe_forecast(found: Mapping[str, Any]) -> str:

@@ -23,12 +23,16 @@ class Deadline:
 
 
 class Budget:
-    """What a step may still compute: so many `tokens`, and of prompts what there is time for until the deadline."""
+    """What a step may still compute: so many `tokens`, and of prompts what there is time for until the deadline.
+
+    A tile of prompts is computed in any case: else who comes would wait until others have ended.
+    """
 
     def __init__(self, tokens: int, deadline: Deadline | None = None) -> None:
         self.tokens = tokens
         self.deadline = deadline
         self._whole = tokens
+        self._granted = TILE
         self._wanted = 0
         self._attention = 0.0
 
@@ -40,11 +44,16 @@ class Budget:
         self._wanted += sum(piece.wanted for piece in pieces)
         self._attention += self.deadline.step_time.attend(pieces)
 
-    def fitting(self, start: int, most: int) -> int:
-        """Tokens of a prompt, at most `most`, from position `start` on that there is time for.
+    def take_chunk(self, start: int, length: int) -> None:
+        """A chunk of a prompt will be computed."""
+        self.tokens -= length
+        self._granted -= length
+        self.spend_time([Piece(start, length, 1, False)])
 
-        They end a tile of the step's tokens, as products work in tiles, or are the whole of `most`. A step's first tile
-        is not asked for its time.
+    def fitting(self, start: int, most: int) -> int:
+        """Tokens of a prompt, at most `most`, from position `start` on that there is time for, or that are granted.
+
+        Those in time end a tile of the step's tokens, as products work in tiles, or are the whole of `most`.
         """
         if self.deadline is None:
             return most
@@ -58,6 +67,7 @@ class Budget:
             seconds = interpolate(times.tokens, taken + length) + interpolate(times.wanted, self._wanted + 1)
             return seconds + self._attention + times.attend([Piece(start, length, 1, False)])
 
-        more = range(max(2, taken // TILE + 1), -(-(taken + most) // TILE) + 1)
-        fitting = bisect_right(more, self.deadline.seconds, key=foresee)
-        return reach(more[fitting - 1]) if fitting else max(0, reach(1))
+        tiles = range(taken // TILE + 1, -(-(taken + most) // TILE) + 1)
+        fitting = bisect_right(tiles, self.deadline.seconds, key=foresee)
+        in_time = reach(tiles[fitting - 1]) if fitting else 0
+        return max(in_time, min(most, self._granted))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from headrace.cache.prefix import BlockKey, Hit
 from headrace.core import Admission, Chunk, Request, Sequence, StepPlan
-from headrace.meter.operations import Piece
 from headrace.schedule.budget import Budget
 from headrace.schedule.forecast import Outlook
 from headrace.schedule.lanes import reserve_for_long, short_waits
@@ -40,7 +39,7 @@ def plan_step(state: SchedulerState, limits: Limits) -> StepPlan:
        blocks that are left, and nobody to preempt but its own. It is admitted only if nothing was preempted and no
        foreground waits for memory or a place, and only if the predicted peak of all together fits.
 
-    With a `deadline`, steps 2 and 4 compute no more than the step has time for beside the tokens of step 1.
+    With a `deadline`, steps 2 and 4 compute no more than the step has time for beside the tokens of step 1, or a tile.
 
     `apply` executes the plan: admit, each with the whole blocks of tokens that the prefix tree has of it now; preempt;
     compute the chunks, at most one a sequence, starting at what it has computed.
@@ -50,7 +49,7 @@ def plan_step(state: SchedulerState, limits: Limits) -> StepPlan:
     that is left to it suffices; decodes end after `max_tokens`. Without decodes the oldest prefill gets a token, as
     all others give way and half of a rest of two or more is left to either lane. When nothing runs, nothing is
     promised (a paused sequence's promises do not count), so the first waiting sequence is admitted and runs at least
-    one token, as everything but its own hit can be had; a step in which nothing else is computed has time for it. The
+    one token, as everything but its own hit can be had, and a deadline leaves every step some tokens of prompts. The
     oldest running sequence is never preempted, so what it computed is never lost and it ends; then the next is the
     oldest. That holds of the foreground whatever background there is. So foreground that waits without any that runs
     is admitted at once, background waits for it only while it is being computed, and when no more comes the
@@ -239,8 +238,7 @@ class _Draft:
             return 0
         length = self.room.layout.cut_chunk(sequence.prompt_length, computed, length)
         self.chunks.append(Chunk(sequence.number, computed, length))
-        self.budget.tokens -= length
-        self.budget.spend_time([Piece(computed, length, 1, False)])
+        self.budget.take_chunk(computed, length)
         self.room.take(computed + length, blocks)
         return length
 

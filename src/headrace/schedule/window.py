@@ -56,7 +56,7 @@ class Window:
     """Says when to add requests: until the window is full, and again when few of them are left to admit.
 
     In between the queue keeps its order, and a pile that is larger than `state.window_bytes` is planned window by
-    window. `filled` counts windows.
+    window. `filled` counts windows, of schedules that want to see some.
     """
 
     def __init__(self, state: SchedulerState, schedule: Schedule, lazy: bool = False) -> None:
@@ -64,16 +64,22 @@ class Window:
         self.state = state
         self.few = 2 * state.limits.max_sequences
         self.rows = self.few if lazy else max(schedule.window or 0, self.few)
-        self.filling = True
         self.filled = 0
+        self._planned = schedule.window is not None
+        self._open = True
+
+    @property
+    def filling(self) -> bool:
+        """Whether a window is begun that `filled` does not count yet."""
+        return self._open and self._planned
 
     def wants(self, held_bytes: int) -> bool:
         """Whether another request should be added before the next step, while those unfinished take so much."""
         waiting, most = len(self.state.waiting), self.state.window_bytes
-        if self.filling and waiting and (waiting >= self.rows or held_bytes >= most):
-            self.filling = False
-            self.filled += 1
+        if self._open and waiting and (waiting >= self.rows or held_bytes >= most):
+            self._open = False
+            self.filled += self._planned
         elif waiting == 0 or (waiting < self.few and held_bytes < most // 2):
-            self.filling = True
+            self._open = True
         # Rows that wait for another one's answer take memory, too, and none of them is in the queue.
-        return self.filling and (held_bytes < most or not self.state.sequences)
+        return self._open and (held_bytes < most or not self.state.sequences)

@@ -59,6 +59,8 @@ def test_help_of_commands(command: list[str], capsys: pytest.CaptureFixture[str]
         (["run", "in.jsonl", "--kv-cache-bytes"], "option '--kv-cache-bytes' requires an argument"),
         (["run", "in.jsonl", "--config", "none.toml"], "none.toml: cannot read the settings"),
         (["run", "-"], "say where the answers go with -o OUTPUT"),
+        (["run", "in.csv", "--regex", "(unclosed"], "the regex constraint cannot be used: at 1(8): invalid regex"),
+        (["plan", "in.csv", "--regex", "a{2,1}"], "the regex constraint cannot be used: at 1(8): invalid regex"),
         (["rum"], "no such command 'rum'. Did you mean 'run'?"),
         (["models", "extra"], "got unexpected extra argument(s) (extra)"),
     ],

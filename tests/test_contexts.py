@@ -70,6 +70,7 @@ def test_sizes_are_near_the_real_tokens(name: str, notes: list[str], smollm2_pat
 
 
 def test_pieces_of_both_modes(notes: list[str]) -> None:
+    assert len(TASKS["math_find"](notes, 1, 100_000).context.split(",")) == 899
     episode = TASKS["multi_needle"](notes, 1, TOKENS)
     assert MODES == ("multi_turn", "multi_request")
     turns, requests = (list(episode.pieces(mode)) for mode in MODES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from tiny import make_tiny_model
 
 from headrace import LLM, Constraint, RequestOutput, SamplingParams
 from headrace.cache.checks import check_ledger
-from headrace.core import InputError, Request
+from headrace.core import InputError, Request, RowError
+from headrace.engine.structure import CACHED_GRAMMARS, HARMLESS_CHARACTERS, ConstraintCompiler
 
 
 def open_model(folder: Path, **options: Any) -> LLM:
@@ -208,6 +210,20 @@ def test_impossible_rows_say_why_and_the_others_go_on(llm: LLM) -> None:
     codes = [output.error.code if output.error else None for output in outputs]
     assert codes == [None, "context_length", "token_range", "empty_prompt", "constraint"]
     assert len(outputs[0].outputs[0].token_ids) <= 3
+
+
+def test_a_refusal_is_remembered_as_a_grammar_is(llm: LLM) -> None:
+    """A long text is tried in a process of its own, which shows in the page faults of children."""
+    compiler = ConstraintCompiler(llm.tokenizer, llm.tokenizer.size)
+    long = Constraint("regex", "(" + "a" * HARMLESS_CHARACTERS)
+    others = [Constraint("regex", f"({number}") for number in range(CACHED_GRAMMARS)]
+    faults = [resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt]
+    for constraint in (long, long, *others, long):
+        with pytest.raises(RowError, match="unclosed group"):
+            compiler.open_matcher(constraint)
+        faults.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt)
+        assert not compiler.is_slow(constraint)
+    assert faults[0] < faults[1] == faults[-2] < faults[-1]
 
 
 def test_more_kv_memory_than_there_can_be_is_refused_in_words(tiny_model: Path) -> None:

@@ -18,8 +18,8 @@ from jobs import answer_of, batch_row, batch_rows, engine_options, read_lines, r
 
 from headrace import LLM
 from headrace.core import InputError, ModelError
-from headrace.job.columns import convert, infer_schema, read_json_type, result_columns
-from headrace.job.records import Traits
+from headrace.job.columns import convert, infer_schema, read_cells, read_json_type, result_columns
+from headrace.job.records import Answer, Choice, Record, Traits
 from headrace.job.sources import JsonLines
 
 RESULTS = ["output", "finish_reason", "prompt_tokens", "output_tokens", "error"]
@@ -217,6 +217,29 @@ def test_parquet_columns_pass_through_untouched(tiny_model: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("wanted", ["out.csv", "out.parquet"])
+def test_a_cell_that_python_cannot_hold_costs_no_other_row(wanted: str, tiny_model: Path, tmp_path: Path) -> None:
+    late = 253_402_300_800 * 10**6  # the year 10000
+    table = pa.table(
+        {
+            "when": pa.array([late, 0, 0, None], pa.timestamp("us")),
+            "times": pa.array([[1001], None, [1], []], pa.list_(pa.timestamp("ns"))),
+            "deep": pa.array([[0], [0], [late], None], pa.list_(pa.timestamp("us"))),
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    run(tiny_model, tmp_path / "in.parquet", tmp_path / wanted, prompt="{{ when }} {{ times }} {{ deep }}")
+    written = tmp_path / wanted
+    if wanted == "out.csv":
+        rows = read_table(written)
+        assert rows[0]["when"].startswith("10000-01-01 00:00:00")
+    else:
+        assert pq.read_table(written, columns=table.column_names).equals(table)
+        rows = pq.read_table(written, columns=["output", "error"]).to_pylist()
+    assert [bool(row["output"]) for row in rows] == [True, True, False, True]
+    assert rows[2]["error"].startswith("line 3: parquet_cell: column 'deep' holds what cannot be read: date")
+
+
+@pytest.mark.parametrize("wanted", ["out.csv", "out.parquet"])
 def test_a_batch_file_may_become_a_table(wanted: str, tiny_model: Path, tmp_path: Path) -> None:
     rows = [batch_row("a", "Hi"), batch_row("b", "Ho", n=2, logprobs=True), batch_row("c", "Hu", audio={})]
     run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / wanted, unknown_fields="warn")
@@ -239,6 +262,23 @@ SCHEMA: dict[str, Any] = {
     "required": ["good", "kind", "count", "none", "tags"],
     "additionalProperties": False,
 }
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [
+        ("[" * 2000 + "]" * 2000, "object"),
+        ('"\\ud800"', "string"),
+        ('["\\ud800"]', "array"),
+        ("1" + "0" * 400, "number"),
+    ],
+)
+def test_an_answer_that_a_column_cannot_hold_leaves_it_empty(size: str, kind: str) -> None:
+    answer = f'{{"size": {size}}}'
+    record = Record("", 1, Answer(choices=[Choice(answer, "stop", 1)]))
+    columns = result_columns([], Traits(0), {"properties": {"size": {"type": kind}}})
+    cells = read_cells(record, columns)
+    assert cells[0] == answer and cells[-1] is None
 
 
 def test_a_schemas_properties_become_typed_columns(tiny_model: Path, tmp_path: Path) -> None:
@@ -363,6 +403,24 @@ def test_outputs_that_cannot_be(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder"):
         run(tiny_model, tmp_path, tmp_path / "out.jsonl")
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
+
+
+def test_a_job_never_writes_over_its_input(tiny_model: Path, tmp_path: Path) -> None:
+    source, output = write_lines(tmp_path / "q.errors.jsonl", batch_rows(1)), tmp_path / "q.jsonl"
+    before = source.read_bytes()
+    for written in ("q.jsonl.report.json", "q.jsonl.journal", "q.jsonl.input"):
+        (tmp_path / written).hardlink_to(source)
+        with pytest.raises(InputError, match=f"both input and output .the job writes .*{written}"):
+            run(tiny_model, source, output, prompt="{{ custom_id }}", fresh=True)
+        (tmp_path / written).unlink()
+    with pytest.raises(InputError, match="both input and output"):
+        run(tiny_model, source, output, fresh=True)
+    with pytest.raises(InputError, match="both input and output"):
+        run(tiny_model, source, tmp_path / "out.jsonl", trace=str(source))
+    assert source.read_bytes() == before and list(tmp_path.iterdir()) == [source]
+    # A table has no error file.
+    run(tiny_model, source, output, prompt="{{ custom_id }}")
+    assert source.read_bytes() == before
 
 
 def test_every_row_of_a_jsonl_table_counts_for_its_columns(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from jobs import (
     write_lines,
 )
 
+import headrace.job.feed as feed_module
 from headrace.core import InputError, RowError, SamplingParams
 from headrace.job.batch_rows import BatchDrafter
 from headrace.job.feed import Feed, Flow
@@ -150,14 +152,69 @@ def test_too_many_errors_stop_the_job(limit: str, stops: bool, tiny_model: Path,
     assert len(read_lines(output)) == 9
 
 
-def test_standard_input_is_read_once_and_kept(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_too_many_errors_stop_the_job_however_often_it_is_run(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    bad = [batch_row(f"bad{index}", "x", nonsense=1) for index in range(4)]
+    for name, rows in (("all", bad), ("some", bad + batch_rows(600))):
+        source, output = write_lines(tmp_path / f"{name}.jsonl", rows), tmp_path / f"{name}.out.jsonl"
+        for loaded in (True, False):
+            with pytest.raises(JobStopped, match="4 rows failed, which --max-errors 1 does not allow"):
+                run(tiny_model, source, output, max_errors="1", quiet=False)
+            assert ("loading" in capsys.readouterr().err) is loaded and not output.exists()
+    assert run(tiny_model, tmp_path / "all.jsonl", tmp_path / "all.out.jsonl")["job"]["failed"] == 4
+
+
+def test_errors_of_the_last_step_count(tiny_model: Path, tmp_path: Path) -> None:
+    # A grammar that can be used, but allows more after its first token than its parser holds.
+    names = [f"rule{index}" for index in range(1000)]
+    rules = [f'start: "a" ({" | ".join(names)})', *(f'{name}: {name} "b" | "{name}"' for name in names)]
+    grammar = "\n".join(rules)
+    source = write_lines(tmp_path / "in.jsonl", [batch_row("bad", "x", guided_grammar=grammar)])
+    with pytest.raises(JobStopped, match=r"^1 rows failed, .* line 1: the constraint failed while running"):
+        run(tiny_model, source, tmp_path / "out.jsonl", max_errors="1")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_share_of_errors_is_exact(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [batch_row(f"bad{index}", "x", nonsense=1) for index in range(7)] + batch_rows(93, max_tokens=1)
+    with pytest.raises(JobStopped, match=r"^7 rows failed"):
+        run(tiny_model, write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", max_errors="7%")
+
+
+Pipe = Callable[[bytes], None]
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Pipe:
+    """Gives these bytes to whoever reads standard input."""
+    return lambda data: monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+
+def test_rows_of_a_finished_or_refused_job_are_not_kept(pipe: Pipe, tiny_model: Path, tmp_path: Path) -> None:
+    first, other = (json.dumps(batch_row(name, "x")).encode() for name in ("first", "other"))
+    output, spool = tmp_path / "out.jsonl", tmp_path / "out.jsonl.input"
+    pipe(first)
+    report = run(tiny_model, "-", output)
+    pipe(other)
+    with pytest.raises(InputError, match="belongs to a run with other settings: input was"):
+        run(tiny_model, "-", output)
+    assert not spool.exists()
+    pipe(first)
+    assert run(tiny_model, "-", output) == report and not spool.exists()
+    # An unfinished job that is refused for its settings still needs its rows.
+    pipe(json.dumps(batch_row("bad", "x", nonsense=1)).encode())
+    with pytest.raises(JobStopped):
+        run(tiny_model, "-", tmp_path / "new.jsonl", max_errors="1")
+    pipe(b"")
+    with pytest.raises(InputError, match="max_tokens was 4 and is 5"):
+        run(tiny_model, "-", tmp_path / "new.jsonl", {"max_tokens": 5})
+    pipe(b"")
+    assert run(tiny_model, "-", tmp_path / "new.jsonl")["job"]["failed"] == 1
+
+
+def test_standard_input_is_read_once_and_kept(pipe: Pipe, tiny_model: Path, tmp_path: Path) -> None:
     text = "".join(json.dumps(row) + "\n" for row in [*batch_rows(4), batch_row("bad", "x", nonsense=1)]).encode()
-
-    def pipe(data: bytes) -> None:
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
-
     pipe(text)
     with pytest.raises(JobStopped):
         run(tiny_model, "-", tmp_path / "out.jsonl", max_errors="1")
@@ -221,6 +278,16 @@ def test_what_is_said_is_said_once(tiny_model: Path, tmp_path: Path, capsys: pyt
     assert said.count("body.audio: not supported, ignored") == 1
     body = read_lines(tmp_path / "out.jsonl")[8]["response"]["body"]
     assert (body["model"], body["warnings"]) == ("gpt-x", ["body.audio: not supported, ignored"])
+
+
+def test_many_messages_of_rows_keep_none_of_the_jobs_own(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(State(1, 0, 0, 0), quiet=False, as_json=False)
+    for number in range(1000):
+        progress.say_of_rows(f"row {number} is odd")
+    for _ in range(2):
+        progress.say("the full cache takes over")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 101 and said[-1] == "headrace: the full cache takes over"
 
 
 def test_json_progress_is_lines_of_json(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,6 +385,27 @@ def test_reading_pauses_however_long_the_input_is(kind: str, tiny_model: Path, t
         asked = {"equal": -(-equal // 256) * 256, "different": -(-different // 256) * 256, "wrong": 0}[kind]
         assert drafter.asked == asked
         assert llm.engine.unfinished == {"equal": 1, "different": asked, "wrong": 0}[kind]
+
+
+@pytest.mark.parametrize(("prompt", "rows_a_call"), [("a wheel " * 125, 10), ([5] * 100, 12)])
+def test_a_read_ends_with_so_much_text(
+    prompt: Any, rows_a_call: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "BYTES_A_CALL", 40_000)
+    body = {"prompt": prompt}
+    rows = (
+        Row(index, index + 1, {"custom_id": str(index), "method": "POST", "url": "/v1/completions", "body": body})
+        for index in range(30)
+    )
+    with LLM(**vars(engine_options(tiny_model))) as llm:
+        drafter = BatchDrafter(llm.tokenizer, SamplingParams(max_tokens=2), "error", str(tiny_model))
+        feed = Feed(rows, drafter, EngineInlet(llm.engine), llm.tokenizer, Journal(tmp_path / "journal"))
+        read = []
+        while not feed.exhausted:
+            before = feed.flow.rows
+            feed.top_up()
+            read.append(feed.flow.rows - before)
+    assert read == ([10, 10, 10, 0] if rows_a_call == 10 else [12, 12, 6, 0])
 
 
 def test_a_library_call_is_a_whole_job(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import pytest
 from jobs import batch_rows, read_journal, read_lines, run, run_killed, without_times, write_lines
 
 from headrace.core import InputError
-from headrace.job.stop import JobStopped, StopSignals, lock_output, take_lock
+from headrace.job.stop import JobStopped, StopSignals, explain_disk_errors, lock_output, take_lock
 
 HERE = Path(__file__).parent
 PROGRAM = [sys.executable, "-c", "import sys; from headrace.cli import main; sys.exit(main())"]
@@ -115,6 +117,46 @@ def test_two_runs_on_one_output_the_second_refuses(tiny_model: Path, tmp_path: P
     assert report["rows_resumed"] > 0 and len(read_lines(output)) == 600
 
 
+def test_an_interrupt_that_takes_the_reader_with_it_is_one(tiny_model: Path, tmp_path: Path) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", batch_rows(600)), tmp_path / "out.jsonl"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command(tiny_model, source, output), text=True, **streams) as process:
+        wait_for_rows(output, 1, process)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+    rows = len(read_journal(output))
+    assert process.returncode == 130 and 0 < rows < 600
+    assert run(tiny_model, source, output, {"max_tokens": 24})["rows_resumed"] == rows
+
+
+def test_a_job_goes_on_when_nobody_reads_what_it_says(tiny_model: Path, tmp_path: Path) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", batch_rows(3, audio={})), tmp_path / "out.jsonl"
+    words = [*command(tiny_model, source, output), "--unknown-fields", "warn"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stdout is not None
+        process.stderr.close()
+        assert "3 done, 3 succeeded" in process.stdout.read()
+    assert process.returncode == 0 and len(read_lines(output)) == 3
+
+
+def test_a_locked_journal_and_another_disk_have_words_of_their_own(tmp_path: Path) -> None:
+    output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
+    holder = sqlite3.connect(journal, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with (
+        pytest.raises(JobStopped, match=f"another program holds {journal}: database is locked.* end that program"),
+        explain_disk_errors(output),
+    ):
+        sqlite3.connect(journal, timeout=0).execute("BEGIN IMMEDIATE")
+    holder.close()
+    with (
+        pytest.raises(JobStopped, match=r"cannot read or write else/where.json: no space left on device. .* make room"),
+        explain_disk_errors(output),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "else/where.json")
+
+
 def test_a_lock_on_a_removed_file_is_no_lock(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with lock_output(output), pytest.raises(InputError, match=f"process {os.getpid()}"):
@@ -181,7 +223,7 @@ def test_a_read_only_folder_is_said_at_once(small_disk: Path, tiny_model: Path, 
     source = write_lines(tmp_path / "in.jsonl", batch_rows(2))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(
-        JobStopped, match=f"cannot write beside {small_disk}/out.jsonl: read-only file system"
+        JobStopped, match=f"cannot read or write {small_disk}/out.jsonl.lock: read-only file system"
     ) as stopped:
         run(tiny_model, source, small_disk / "out.jsonl")
     assert stopped.value.exit_code == 3

@@ -300,6 +300,11 @@ def test_eval_kv_from_the_command_line(llm: LLM, tmp_path: Path, capsys: pytest.
     assert main([*asked, "--contexts", "64"]) == 0
     shown = capsys.readouterr().out
     assert "| plain " in shown and "+0.0000 ± 0.0000" in shown and "perplexity" in shown
+    text.write_text("The mill by the river grinds wheat. " * 60)
+    assert main([*asked, "--contexts", "64", "--json"]) == 0
+    capsys.readouterr()
+    assert main([*asked, "--contexts", "64,800", "--json"]) == 2
+    assert capsys.readouterr().out == "", "nothing is measured where the text is too short for one of the contexts"
     assert main([*asked, "--contexts", "64,x"]) == 2 and "--contexts" in capsys.readouterr().err
     assert main([*asked, "--contexts", "1000"]) == 2 and "context holds 1,024" in capsys.readouterr().err
     assert main(["eval", "kv", *common, "--kv", "none"]) == 2 and "no policy 'none'" in capsys.readouterr().err

@@ -466,6 +466,9 @@ def test_chunks_of_pairs_are_no_longer_than_the_residual(folder: Path, model: Mo
         ("tova+(snapkv+kivi)", "only kivi can stand after a +"),
         ("minicache+(minicache+kivi)", "only kivi can stand after a +"),
         ("kivi-minicache", "cannot be read"),
+        ("kivi(k=4.0)", "k must be one of 2, 4, 8, got 4.0"),
+        ("kivi(k=2, k=8)", "k is given twice"),
+        ("kivi(k={[1]: 2})", "k must be a number or a text in quotes"),
     ],
 )
 def test_a_wrong_form_or_combination_says_why(kv: str, said: str) -> None:

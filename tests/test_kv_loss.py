@@ -171,6 +171,10 @@ def test_a_generous_budget_takes_the_smallest_cache(
     assert found["sample"]["rows"] == found["sampled_rows"] == 16 and found["sample"]["tokens"] == 16 * 8
     assert found["checked"]["rows"] == 0 and not found["fell_back"] and found["measure_s"] > 0
     assert f"kv {CANDIDATES[0]} loses" in said and "taken" in said
+    # What it took is no part of what the job's own steps took.
+    assert report["time_by_part_s"]["measuring loss"] > 0
+    steps = sum(report[phase]["seconds"] for phase in ("prefill", "decode"))
+    assert sum(each["seconds"] for each in report["operators"].values()) < steps
     assert f"{CANDIDATES[0]} lost {format_loss(found['sample'], 'sampled rows')}" in format_report(report)
     other = run(folder, source, tmp_path / "other.jsonl", {"kv": CANDIDATES[0]})
     assert output.read_bytes() == (tmp_path / "other.jsonl").read_bytes() and other["kv_loss"] is None
@@ -205,9 +209,14 @@ def test_candidates_are_ranked_by_the_blocks_of_the_sampled_rows(llm: LLM) -> No
 
 def test_an_answer_that_was_cut_counts_as_long_as_it_may_be(llm: LLM) -> None:
     requests = make_requests(llm, [SHORT]) + make_requests(llm, [LONG], max_tokens=200)
-    assert list_rows(requests, answer_fully(llm, requests)) == [
+    # The last prompt once more, two continuations of another length.
+    params = replace(requests[1].params, max_tokens=300, n=2)
+    requests.append(replace(requests[1], params=params))
+    long = len(requests[1].prompt_token_ids)
+    assert list_rows(answer_fully(llm, requests)) == [
         (len(requests[0].prompt_token_ids), 12),
-        (len(requests[1].prompt_token_ids), 200),
+        (long, 200),
+        *[(long, 300)] * 2,
     ]
 
 
@@ -260,6 +269,7 @@ def test_the_full_cache_takes_over_when_checked_rows_lose_too_much(
     assert found["fell_back"] and found["fell_back_after_checks"] == found["checked"]["rows"] == LEAST_ROWS
     assert found["checked"]["loss"] - found["checked"]["error"] > found["budget"]
     assert report["kv_bytes_per_token"] == found["full_bytes_per_token"], "the full cache has taken over"
+    assert report["settings"]["kv"] == FULL
     assert "rows that have not begun are computed with the full cache" in " ".join(capsys.readouterr().err.split())
     assert "then the full cache took over" in format_report(report)
     lines = read_lines(output)

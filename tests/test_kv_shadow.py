@@ -312,6 +312,7 @@ def test_values_in_a_file_come_back_and_no_room_says_so(tmp_path: Path) -> None:
     [
         ("shadowkv(folder='/missing')", "is no folder"),
         ("shadowkv(rank=0)", "rank must be a whole number from 1"),
+        ("shadowkv(folder=3)", "folder must be a text in quotes, got 3"),
         ("shadowkv(slow='disk')", "slow must be one of file, memory"),
         ("shadowkv(slow='memory', folder='/tmp')", "folder is for values in files"),
     ],

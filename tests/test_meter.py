@@ -28,6 +28,7 @@ from headrace.meter.operations import ModelShape, Piece, Product, count_seen, co
 from headrace.meter.page import draw_page
 from headrace.meter.peaks import NoisyMachine, Peaks, load_peaks, measure_rate, save_peaks
 from headrace.meter.stopwatch import Stopwatch
+from headrace.meter.trace import TraceWriter
 from headrace.meter.verdict import explain
 
 PEAKS = Peaks("here", 1, {"fp32": 1e12, "bf16": 1e12, "int8": 2e12}, {}, {"read": 1e11})
@@ -136,7 +137,10 @@ def test_a_part_within_a_part_counts_once() -> None:
         time.sleep(0.02)
         with watch.part("inner"):
             time.sleep(0.03)
+    with watch.whole("all of it"), watch.part("inner"):
+        time.sleep(0.02)
     passed = time.perf_counter() - began
+    assert watch.seconds["all of it"] >= 0.02
     assert watch.seconds["inner"] >= 0.03 and watch.seconds["outer"] >= 0.02
     assert sum(watch.seconds.values()) <= passed
 
@@ -158,6 +162,21 @@ def test_a_trace_opens_and_holds_every_step(tiny_model: Path, tmp_path: Path) ->
     assert len(steps) == report["steps"] and all(event["ph"] == "X" and event["dur"] > 0 for event in events)
     assert sum(event["args"]["output tokens"] for event in steps) == report["decode"]["tokens"]
     assert report["cost"] == pytest.approx(report["load_s"] + report["wall_s"], abs=0.002)
+
+
+def test_a_trace_that_cannot_go_on_is_said_once_and_the_job_goes_on(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    writer = TraceWriter(Path("/dev/full"), 0.0, said.append)
+    for _ in range(1000):
+        writer.hear("step", 1.0, 2.0)
+    assert said == ["the trace /dev/full ends here: no space left on device; all else goes on"]
+    writer.close()
+    source = write_lines(tmp_path / "in.jsonl", batch_rows(3))
+    report = run(tiny_model, source, tmp_path / "out.jsonl", trace="/dev/full", quiet=False)
+    assert report["succeeded"] == 3 and len(said) == 1
+    assert capsys.readouterr().err.count(f"headrace: {said[0]}\n") == 1
 
 
 def test_what_cannot_be_written_is_said_before_the_work(tiny_model: Path, tmp_path: Path) -> None:

@@ -412,6 +412,8 @@ def test_a_template_that_is_none_is_refused_at_once() -> None:
 def test_constraints_from_flags(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object"}')
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"type": "nonsense"}')
     assert read_constraint(RunOptions(choice="a, b")) == Constraint("choice", '["a", "b"]')
     assert read_constraint(RunOptions(json_schema=str(schema))) == Constraint("json", '{"type": "object"}')
     for options, message in [
@@ -420,6 +422,9 @@ def test_constraints_from_flags(tmp_path: Path) -> None:
         ({"expand": True}, "--expand needs --json-schema"),
         ({"json_schema": str(schema), "expand": True}, "--expand needs a schema with properties"),
         ({"json_schema": str(tmp_path / "none")}, "cannot read the JSON schema"),
+        ({"json_schema": str(wrong)}, "the json constraint cannot be used: Invalid type: nonsense"),
+        ({"regex": "(unclosed"}, "the regex constraint cannot be used: .*: regex parse error: unclosed group"),
+        ({"regex": "a" * 2**18 + "b"}, "the regex constraint has 262,145 characters; 262,144 are allowed"),
     ]:
         with pytest.raises(InputError, match=message):
             read_constraint(RunOptions(**options))  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from typer.exceptions import Abort, TyperException
 
 from headrace.cli.commands import app
 from headrace.core import HeadraceError
+from headrace.job.stop import print_to_stderr
 
 INTERRUPTED = 130
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def complain(message: str, code: int) -> int:
-    print(f"headrace: error: {message}", file=sys.stderr)
+    print_to_stderr(f"headrace: error: {message}")
     return code
 
 

@@ -98,8 +98,9 @@ def judge_policies(
         check_fit(llm, kv, max(contexts) + TAIL)
         tokens = llm.tokenizer.encode(text)
         plain, policies = [], []
-        for context in contexts:
-            windows = choose_windows(tokens, context, flags["windows"])
+        # A text that is too short for one of them is refused before anything is measured.
+        texts = {context: choose_windows(tokens, context, flags["windows"]) for context in contexts}
+        for context, windows in texts.items():
             judge = KVJudge(llm.engine.model, windows, llm.options.block_size, tell)
             plain.append({"context": context, "windows": len(windows), "perplexity": judge.find_perplexity()})
             for each in kv:

@@ -34,7 +34,8 @@ class ConstraintCompiler:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self._vocabulary: LLTokenizer | None = None
-        self._prototypes: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+        # What is copied for each sequence, or why the constraint cannot be used.
+        self._compiled: OrderedDict[Constraint, LLMatcher | str] = OrderedDict()
         self._lock = Lock()
 
     @property
@@ -49,49 +50,35 @@ class ConstraintCompiler:
 
     def is_slow(self, constraint: Constraint) -> bool:
         """Whether it may take seconds to compile."""
-        return len(constraint.value) > HARMLESS_CHARACTERS and constraint not in self._prototypes
+        return len(constraint.value) > HARMLESS_CHARACTERS and constraint not in self._compiled
 
     def open_matcher(self, constraint: Constraint) -> Matcher:
         """A fresh matcher at the start of its grammar. Raises RowError("constraint") for an impossible constraint."""
+        check_size(constraint)
         with self._lock:
-            prototype = self._prototypes.get(constraint)
+            found = self._compiled.get(constraint)
         # Compiled outside of the lock: a slow grammar must not hold up the requests of others.
-        prototype = prototype or self._compile(constraint)
+        found = found or self._compile(constraint)
         with self._lock:
-            self._prototypes[constraint] = prototype
-            self._prototypes.move_to_end(constraint)
+            self._compiled[constraint] = found
+            self._compiled.move_to_end(constraint)
             self._forget()
-        return Matcher(prototype, self.vocab_size)
+        if isinstance(found, str):
+            raise RowError("constraint", found)
+        return Matcher(found, self.vocab_size)
 
     def _forget(self) -> None:
-        """Drop the grammars that were asked for the longest ago until the others keep to the limits."""
-        characters = sum(len(each.value) for each in self._prototypes)
-        while len(self._prototypes) > CACHED_GRAMMARS or characters > CACHED_CHARACTERS:
-            constraint, _ = self._prototypes.popitem(last=False)
+        """Drop the constraints that were asked for the longest ago until the others keep to the limits."""
+        characters = sum(len(each.value) for each in self._compiled)
+        while len(self._compiled) > CACHED_GRAMMARS or characters > CACHED_CHARACTERS:
+            constraint, _ = self._compiled.popitem(last=False)
             characters -= len(constraint.value)
 
-    def _compile(self, constraint: Constraint) -> LLMatcher:
-        size = len(constraint.value)
-        if size > MOST_CHARACTERS:
-            raise RowError(
-                "constraint",
-                f"the {constraint.kind} constraint has {size:,} characters; {MOST_CHARACTERS:,} are allowed",
-            )
+    def _compile(self, constraint: Constraint) -> LLMatcher | str:
         try:
-            grammar = grammar_text(constraint)
-            refusal = try_grammar(grammar) if size > HARMLESS_CHARACTERS else None
-            if refusal is not None:
-                raise RowError("constraint", f"the {constraint.kind} constraint cannot be used: {refusal}")
-            limits = LLParserLimits(initial_lexer_fuel=MOST_EXPRESSIONS)
-            error = LLMatcher.validate_grammar(grammar, self.vocabulary, limits=limits)
-            matcher = LLMatcher(self.vocabulary, grammar, log_level=0, limits=limits)
-        except ValueError as cause:
-            raise RowError("constraint", f"the {constraint.kind} constraint cannot be used: {cause}") from cause
-        error = error or matcher.get_error()
-        if error or matcher.is_error():
-            first_line = error.strip().splitlines()[0] if error else "unknown error"
-            raise RowError("constraint", f"the {constraint.kind} constraint cannot be used: {first_line}")
-        return matcher
+            return compile_constraint(constraint, self.vocabulary)
+        except RowError as error:
+            return str(error)
 
 
 class Matcher:
@@ -127,6 +114,44 @@ class Matcher:
             raise RowError(
                 "constraint", f"the constraint failed while running: {self._matcher.get_error().splitlines()[0]}"
             )
+
+
+def check_constraint(constraint: Constraint) -> None:
+    """Raise RowError("constraint") for an impossible constraint. Spelled in bytes it is so with every vocabulary, and a
+    model's own takes a second to prepare."""
+    check_size(constraint)
+    compile_constraint(constraint, LLTokenizer("byte"))
+
+
+def check_size(constraint: Constraint) -> None:
+    """Raise RowError for a text too long to be looked at."""
+    if len(constraint.value) > MOST_CHARACTERS:
+        size = f"{len(constraint.value):,} characters; {MOST_CHARACTERS:,} are allowed"
+        raise RowError("constraint", f"the {constraint.kind} constraint has {size}")
+
+
+def compile_constraint(constraint: Constraint, vocabulary: LLTokenizer) -> LLMatcher:
+    """A matcher at the start of the constraint's grammar. Raises RowError for one that cannot be used."""
+    matcher = None
+    try:
+        grammar = grammar_text(constraint)
+        error = try_grammar(grammar) if len(constraint.value) > HARMLESS_CHARACTERS else None
+        if error is None:
+            limits = LLParserLimits(initial_lexer_fuel=MOST_EXPRESSIONS)
+            error = LLMatcher.validate_grammar(grammar, vocabulary, limits=limits)
+            matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+            error = error or matcher.get_error()
+    except ValueError as cause:
+        error = str(cause)
+    if error or matcher is None or matcher.is_error():
+        raise RowError("constraint", f"the {constraint.kind} constraint cannot be used: {shorten(error or '')}")
+    return matcher
+
+
+def shorten(error: str) -> str:
+    """Of llguidance's lines the first, and of a regex parser's in them the one that says what is wrong."""
+    lines = error.strip().splitlines() or ["unknown error"]
+    return " ".join([lines[0], *(line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: "))])
 
 
 def grammar_text(constraint: Constraint) -> str:

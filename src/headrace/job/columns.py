@@ -6,7 +6,6 @@ Order: the input's columns, then the results', then a schema's properties. A nam
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -107,10 +106,10 @@ def read_cells(record: Record, columns: Sequence[Column]) -> list[Any]:
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """The output as an object; empty for one that was cut off and is none."""
+    """The output as an object; empty for one that was cut off, or that is none which a file can hold."""
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -128,7 +127,10 @@ def convert(value: Any, json_type: str | None) -> Any:
     fits = isinstance(value, PYTHON_TYPES[json_type]) and (json_type != "integer" or value in INT64)
     if not fits:
         return None
-    return float(value) if json_type == "number" else value
+    try:
+        return float(value) if json_type == "number" else value
+    except OverflowError:
+        return None
 
 
 def to_json(value: Any) -> str:

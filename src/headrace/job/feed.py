@@ -1,7 +1,7 @@
 """Keep an engine supplied: read rows, make requests, share answers between equal rows, turn answers into records.
 
-Knows the engine only as an inlet. Memory stays flat however long the input is: a call reads a bounded number of rows,
-and reading pauses while enough wait.
+Knows the engine only as an inlet. Memory stays flat however long the input and its rows are: a call reads so many rows
+and so much text, and reading pauses while enough wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 from headrace.checkpoint import Tokenizer
 from headrace.core import Request, RowError
@@ -30,7 +30,8 @@ from headrace.job.records import Answer, Record, failed, make_answer, now
 from headrace.job.sources import Row
 from headrace.schedule.window import ROW_BYTES, Held
 
-ROWS_A_CALL = 256
+# A call ends with so many rows, or once their prompts take so much: tokens take 36 bytes each until they are packed.
+ROWS_A_CALL, BYTES_A_CALL = 256, 8 * 2**20
 
 
 @dataclass(slots=True)
@@ -93,14 +94,24 @@ class Feed:
     def top_up(self, most: int = ROWS_A_CALL) -> list[Finished]:
         """Read some rows, at most so many; those that were finished on the way."""
         finished: list[Finished] = []
-        rows = list(islice(self._rows, most))
-        if rows:
-            done = self.journal.finished_between(rows[0].index, rows[-1].index)
-            new = [row for row in rows if row.index not in done]
-            self.flow.rows += len(new)
-            self._take(new, finished)
-        else:
+        first = next(self._rows, None)
+        if first is None:
             self.exhausted = True
+            return finished
+        done = self.journal.finished_between(first.index, first.index + most - 1)
+        drafts: list[Draft] = []
+        size = 0
+        for row in chain((first,), islice(self._rows, most - 1)):
+            if row.index in done:
+                continue
+            self.flow.rows += 1
+            draft = self._draft(row, finished)
+            if draft is not None:
+                drafts.append(draft)
+                size += count_prompt_bytes(draft)
+            if size >= BYTES_A_CALL:
+                break
+        self._take(drafts, finished)
         return finished
 
     def collect(self, outputs: list[RequestOutput]) -> list[Finished]:
@@ -129,15 +140,17 @@ class Feed:
         pending = self._pending[request_id]
         return pending.request, [draft.row for draft, _ in pending.rows]
 
-    def _take(self, rows: list[Row], finished: list[Finished]) -> None:
-        drafts = []
-        for row in rows:
-            name = ""
-            try:
-                name = self._name(row)
-                drafts.append(self.drafter.draft(row, name))
-            except RowError as error:
-                finished.append(Finished(row.index, Record(name or guess_id(row), row.line, failed(error), now())))
+    def _draft(self, row: Row, finished: list[Finished]) -> Draft | None:
+        """What a row asks; None for one that is wrong, which is thereby finished."""
+        name = ""
+        try:
+            name = self._name(row)
+            return self.drafter.draft(row, name)
+        except RowError as error:
+            finished.append(Finished(row.index, Record(name or guess_id(row), row.line, failed(error), now())))
+            return None
+
+    def _take(self, drafts: list[Draft], finished: list[Finished]) -> None:
         with self.inlet.watch.part("tokenization"):
             encoded = encode_drafts(drafts, self.tokenizer)
         for draft, tokens in zip(drafts, encoded, strict=True):

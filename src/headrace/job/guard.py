@@ -37,11 +37,16 @@ class Guard:
         self.journal = journal
         self.progress = progress
         self._held: list[Request] = []
+        self._compared = False
 
     def step(self) -> list[RequestOutput]:
         """One step of the engine, and a check of the rows that it finished and that are to be checked."""
         engine = self.llm.engine
         refused: list[RequestOutput] = []
+        if self._compared:
+            # The rows are in the journal by now: after a crash none is compared, and counted, again.
+            keep_choice(self.journal, self.choice)
+            self._compared = False
         if self.inlet.paused and not engine.unfinished:
             refused = self._go_on()
         outputs = engine.step()
@@ -59,10 +64,11 @@ class Guard:
 
     def _compare(self, request: Request) -> None:
         choice = self.choice
-        for answered in answer_fully(self.llm, [request]):
-            meter = LossMeter(self.llm, choice.kv, len(answered.prompt) + len(answered.tokens))
-            meter.compare(answered, choice.checks)
-            keep_choice(self.journal, choice)
+        with self.llm.engine.meter.watch.whole("measuring loss"):
+            for answered in answer_fully(self.llm, [request]):
+                meter = LossMeter(self.llm, choice.kv, len(request.prompt_token_ids) + len(answered.tokens))
+                meter.compare(answered, choice.checks)
+                self._compared = True
 
     def _loses_too_much(self) -> bool:
         """Past the budget by more than one standard error, on enough rows to be believed."""

@@ -6,9 +6,9 @@ import json
 import math
 import os
 import re
-import shutil
-import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from headrace.job.embeddings import open_embedder
 from headrace.job.journal import Journal, open_journal
 from headrace.job.results import ResultFormat
 from headrace.job.sources import Source, find_kind, hash_file, looks_like_batch, open_source, sniff_kind
+from headrace.job.spool import spool_input
 from headrace.job.table import TableDrafter, compile_template, constrain, fill_template, read_constraint, read_template
 from headrace.meter.report import list_versions
 from headrace.options import EngineOptions, RunOptions, SamplingOptions
@@ -37,7 +38,7 @@ COMPUTING = ("headrace", "torch", "tokenizers", "llguidance")
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What the user wants, with every flag read and checked. `max_errors` is a count, or a share as a fraction;
+    """What the user wants, with every flag read and checked. `max_errors` is a count, or a share as an exact fraction;
     `kv_loss` is a fraction."""
 
     source: str
@@ -48,7 +49,7 @@ class Ask:
     template: str | None
     constraint: Constraint | None
     params: SamplingParams
-    max_errors: int | float | None
+    max_errors: int | Fraction | None
     kv_loss: float | None
 
     def make_drafter(self, batch: bool, tokenizer: Tokenizer) -> Drafter:
@@ -79,7 +80,7 @@ class Job:
     def most_errors(self) -> int | None:
         """How many failed rows stop the job."""
         limit = self.ask.max_errors
-        return max(1, math.ceil(limit * self.rows)) if isinstance(limit, float) else limit
+        return math.ceil(limit * self.rows) if isinstance(limit, Fraction) else limit
 
 
 def read_ask(source: str, output: str, engine: EngineOptions, sampling: SamplingOptions, run: RunOptions) -> Ask:
@@ -90,17 +91,17 @@ def read_ask(source: str, output: str, engine: EngineOptions, sampling: Sampling
     if run.embed:
         check_embed(run, template, constraint)
     params = constrain(default_params(sampling), constraint)
-    if source != STDIN:
-        check_input(Path(source), path)
-        find_kind(Path(source))
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file for the output")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} does not exist: make the folder for the output first")
     if run.trace is not None and (Path(run.trace).is_dir() or not Path(run.trace).parent.is_dir()):
         raise InputError(f"trace cannot be written to {run.trace}: name a file in a folder that exists")
-    # Refuses a suffix that names no kind of output.
-    ResultFormat(path, batch=True, model="", fingerprint="")
+    # Refuses a suffix that names no kind of output. Without a template only an OpenAI Batch file can be answered.
+    form = ResultFormat(path, batch=template is None, model="", fingerprint="")
+    if source != STDIN:
+        check_input(Path(source), list_written(form, run))
+        find_kind(Path(source))
     most, loss = read_max_errors(run.max_errors), read_kv_loss(run, engine)
     return Ask(source, path, engine, sampling, run, template, constraint, params, most, loss)
 
@@ -114,7 +115,13 @@ def check_embed(run: RunOptions, template: str | None, constraint: Constraint | 
         raise InputError("embed makes vectors of texts: leave out the system message and what outputs must match")
 
 
-def check_input(path: Path, output: Path) -> None:
+def list_written(form: ResultFormat, run: RunOptions) -> list[Path]:
+    """Every file that a job may write or remove."""
+    beside = [Path(f"{form.output}{end}") for end in (".report.json", ".journal", ".input", ".lock")]
+    return [*form.list_files(failures=1), *beside, *([] if run.trace is None else [Path(run.trace)])]
+
+
+def check_input(path: Path, written: list[Path]) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file of rows")
     if not path.exists():
@@ -123,18 +130,19 @@ def check_input(path: Path, output: Path) -> None:
         raise InputError(f"{path} is not a plain file: pipe it in and give - as the input")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} cannot be read: permission denied")
-    if output.exists() and path.samefile(output):
-        raise InputError(f"{path} is both input and output: choose another output")
+    for each in written:
+        if each.exists() and path.samefile(each):
+            raise InputError(f"{path} is both input and output (the job writes {each}): choose another output or trace")
 
 
-def read_max_errors(text: str | None) -> int | float | None:
+def read_max_errors(text: str | None) -> int | Fraction | None:
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)\s*%", text.strip())
     if match and match[1] and int(match[1]) > 0:
         return int(match[1])
-    if match and match[2] and 0 < float(match[2]) <= 100:
-        return float(match[2]) / 100
+    if match and match[2] and 0 < Fraction(match[2]) <= 100:
+        return Fraction(match[2]) / 100
     raise InputError(f"max_errors must be a number of rows of at least 1, or a share such as 5%, got {text!r}")
 
 
@@ -156,18 +164,23 @@ def read_kv_loss(run: RunOptions, engine: EngineOptions) -> float | None:
 
 def open_job(ask: Ask) -> Job:
     """Open input and journal. Raises InputError where the input or the journal is not this job's."""
-    path = spool_input(ask) if ask.source == STDIN else Path(ask.source)
-    source, batch, rows = open_rows(ask, path)
-    checkpoint = open_checkpoint(ask.engine.model)
-    fingerprint = make_fingerprint(ask, hash_file(path), checkpoint)
-    schema = json.loads(ask.constraint.value) if ask.run.expand and ask.constraint else None
-    form = ResultFormat(ask.output, batch, name_model(checkpoint.path), name_system(fingerprint), schema)
-    place = Path(f"{ask.output}.journal")
-    for taken in (ask.output, form.errors) if batch else (ask.output,):
-        if taken.exists() and not place.exists() and not ask.run.fresh:
+    with spool_input(ask.output, ask.run.fresh) if ask.source == STDIN else nullcontext(Path(ask.source)) as path:
+        source, batch, rows = open_rows(ask, path)
+        checkpoint = open_checkpoint(ask.engine.model)
+        fingerprint = make_fingerprint(ask, hash_file(path), checkpoint)
+        schema = json.loads(ask.constraint.value) if ask.run.expand and ask.constraint else None
+        form = ResultFormat(ask.output, batch, name_model(checkpoint.path), name_system(fingerprint), schema)
+        place = Path(f"{ask.output}.journal")
+        if not place.exists() and not ask.run.fresh:
+            check_free([ask.output, form.errors] if batch else [ask.output])
+        journal = open_journal(place, fingerprint, ask.run.fresh)
+        return Job(ask, source, batch, journal, form, rows, fingerprint["model"], fingerprint["input"])
+
+
+def check_free(files: list[Path]) -> None:
+    for taken in files:
+        if taken.exists():
             raise InputError(f"{taken} exists and has no journal: move it away, choose another output or give --fresh")
-    journal = open_journal(place, fingerprint, ask.run.fresh)
-    return Job(ask, source, batch, journal, form, rows, fingerprint["model"], fingerprint["input"])
 
 
 def open_rows(ask: Ask, path: Path) -> tuple[Source, bool, int]:
@@ -181,30 +194,6 @@ def open_rows(ask: Ask, path: Path) -> tuple[Source, bool, int]:
     if rows == 0:
         raise InputError(f"{ask.source} holds no rows: there is nothing to answer")
     return source, batch, rows
-
-
-def spool_input(ask: Ask) -> Path:
-    """Keep standard input beside the output, for it is read twice. Empty input goes on with what was kept before."""
-    spool, part = Path(f"{ask.output}.input"), Path(f"{ask.output}.input.part")
-    with part.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
-        file.flush()
-        os.fsync(file.fileno())
-    empty, going_on = part.stat().st_size == 0, Path(f"{ask.output}.journal").exists() and not ask.run.fresh
-    if spool.exists() and (empty or going_on):
-        same = empty or hash_file(part) == hash_file(spool)
-        part.unlink()
-        if not same:
-            raise InputError(
-                f"standard input is not what {spool} has kept of the run before: "
-                "give the same rows to go on, another output, or --fresh to start anew"
-            )
-        return spool
-    if empty:
-        part.unlink()
-        raise InputError("standard input is empty: there is no row to answer")
-    part.replace(spool)
-    return spool
 
 
 def check_fit(ask: Ask, source: Source, batch: bool) -> None:

@@ -119,7 +119,8 @@ def settle_kv(job: Job, llm: LLM, progress: Progress, check_stop: Callable[[], N
         began = time.monotonic()
         drafter = job.ask.make_drafter(job.batch, llm.tokenizer)
         requests = draw_sample(job.source, job.rows, drafter, llm.tokenizer, llm.context_length) if budget else []
-        choice = choose_kv(llm, requests, budget, progress, check_stop)
+        with llm.engine.meter.watch.whole("measuring loss"):
+            choice = choose_kv(llm, requests, budget, progress, check_stop)
         choice.seconds = time.monotonic() - began
         keep_choice(job.journal, choice)
     elif choice.fell_back is not None:
@@ -153,7 +154,7 @@ def choose_kv(
     if len(answered) < LEAST_ROWS:
         progress.say(f"kv {FULL}: {len(answered)} rows could be measured, and it takes {LEAST_ROWS} to tell a loss")
         return choice
-    rows = list_rows(requests, answered)
+    rows = list_rows(answered)
     choice.full_row_bytes = count_row_bytes(full, rows)
     for trial in list_trials(llm, rows, choice.full_row_bytes, progress):
         choice.trials.append(trial)
@@ -171,13 +172,15 @@ def choose_kv(
     return choice
 
 
-def list_rows(requests: Rows[Request], answered: Rows[Answered]) -> list[tuple[int, int]]:
-    """Prompt and output tokens of the rows that were answered: of an answer that was cut, as many as it may have."""
-    most = {tuple(request.prompt_token_ids): request.params.max_tokens for request in requests}
-    return [
-        (len(each.prompt), len(each.tokens) if len(each.tokens) < ANSWER_TOKENS else most[each.prompt])
-        for each in answered
-    ]
+def list_rows(answered: Rows[Answered]) -> list[tuple[int, int]]:
+    """Prompt and output tokens of the rows that were answered, of each continuation: of an answer that was cut, as many
+    as it may have."""
+    rows = []
+    for each in answered:
+        params, output = each.request.params, len(each.tokens)
+        output = output if output < ANSWER_TOKENS else params.max_tokens
+        rows += [(len(each.request.prompt_token_ids), output)] * params.n
+    return rows
 
 
 def list_trials(llm: LLM, rows: Rows[tuple[int, int]], full_bytes: int, progress: Progress) -> list[Trial]:
@@ -213,7 +216,7 @@ def try_candidate(
     check_stop: Callable[[], None],
 ) -> None:
     """Measure a candidate's loss on the sample, or on as much of it as it takes to see that it is too large."""
-    meter = LossMeter(llm, trial.kv, max(len(each.prompt) + len(each.tokens) for each in answered))
+    meter = LossMeter(llm, trial.kv, max(len(each.request.prompt_token_ids) + len(each.tokens) for each in answered))
     for row, each in enumerate(answered, 1):
         check_stop()
         progress.show(f"kv {trial.kv}: row {row} of {len(answered)} of the sample")

@@ -25,10 +25,10 @@ ANSWER_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A prompt and the full cache's greedy answer: its tokens, their log probabilities, and the likeliest tokens in
-    their places, which are others where a row's constraint or penalties rule those out."""
+    """A request and the full cache's greedy answer to its prompt: tokens, their log probabilities, and the likeliest
+    tokens in their places, which are others where a row's constraint or penalties rule those out."""
 
-    prompt: tuple[int, ...]
+    request: Request
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     likeliest: tuple[int, ...]
@@ -108,8 +108,9 @@ def answer_fully(llm: LLM, requests: Rows[Request]) -> list[Answered]:
         for output in engine.step():
             if output.error is None:
                 tokens = output.outputs[0].logprobs or []
-                found[int(output.request_id)] = Answered(
-                    tuple(output.prompt_token_ids),
+                number = int(output.request_id)
+                found[number] = Answered(
+                    requests[number],
                     tuple(each.token_id for each in tokens),
                     tuple(each.logprob for each in tokens),
                     tuple(each.top[0][0] for each in tokens),
@@ -139,7 +140,7 @@ class LossMeter:
     @torch.inference_mode()
     def compare(self, answered: Answered, loss: Loss) -> None:
         """Add a row to a loss."""
-        hidden = self.reader.read(answered.prompt, answered.tokens)
+        hidden = self.reader.read(answered.request.prompt_token_ids, answered.tokens)
         logprobs = self.model.logits(hidden).log_softmax(-1)
         targets = torch.tensor(answered.tokens, device=logprobs.device)[:, None]
         mine = logprobs.gather(1, targets).double().sum()

@@ -6,7 +6,6 @@ Progress and messages go to stderr, the report to stdout; with `json` all goes t
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +16,14 @@ from rich.live import Live
 from rich.text import Text
 
 from headrace.job.feed import Flow
+from headrace.job.stop import print_to_stderr
 from headrace.meter.counters import Counters
 from headrace.meter.meter import Meter, Phase
 from headrace.meter.report import format_bytes, format_report, format_seconds
 from headrace.plan.words import describe_forecast
 
 PLAIN_SECONDS, LIVE_SECONDS = 5.0, 0.25
+MOST_SAID = 100
 
 # What prompts and outputs took, by the names that the meter gives them.
 Phases = Mapping[str, Phase]
@@ -78,13 +79,24 @@ class Progress:
 
     def say(self, message: str) -> None:
         """A message to the user, once however often it is said."""
-        if message in self._said or len(self._said) > 100:
+        if message in self._said:
             return
         self._said.add(message)
         if self._json:
             print_json({"event": "message", "message": message})
         elif not self._quiet:
-            self._console.print(Text(f"headrace: {message}"))
+            self._print(f"headrace: {message}")
+
+    def say_of_rows(self, message: str) -> None:
+        """A message that rows give rise to, of which there may be as many as rows: the first hundred are said."""
+        if len(self._said) < MOST_SAID:
+            self.say(message)
+
+    def _print(self, line: str) -> None:
+        if self._live is not None:
+            self._console.print(Text(line))
+        else:
+            print_to_stderr(line)
 
     def show(self, work: str) -> None:
         """What is being done, on a terminal, until there is something else to show."""
@@ -114,7 +126,7 @@ class Progress:
         elif self._live is not None:
             self._live.update(Text(format_progress(facts)), refresh=True)
         else:
-            print(format_progress(facts), file=sys.stderr, flush=True)
+            self._print(format_progress(facts))
 
     def show_report(self, report: Mapping[str, Any]) -> None:
         if self._json:

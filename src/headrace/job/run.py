@@ -74,6 +74,7 @@ def complete(job: Job, stop: StopSignals) -> dict[str, Any]:
         if report is not None and are_written(job):
             progress.say(f"all {job.rows:,} rows are answered already in {job.ask.output}")
             report |= {"written": [str(path) for path in job.form.list_files(totals.failed)]}
+            drop_spool(job)
             progress.show_report(report)
             return report
         work = Work(Counters(), None, job.ask.settings())
@@ -87,6 +88,7 @@ def complete(job: Job, stop: StopSignals) -> dict[str, Any]:
 
 def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
     """Load the model and answer the rows that are not in the journal. Raises JobStopped."""
+    check_stop(job, progress, stop)
     progress.say(f"loading {job.ask.engine.model}")
     with LLM(**asdict(job.ask.engine)) as llm:
         if job.ask.engine.precision == "auto":
@@ -96,7 +98,7 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
         engine = llm.engine
         work = Work(engine.counters, engine.meter, job.ask.settings() | llm.resolved, llm.load_seconds)
         if job.ask.run.trace is not None:
-            engine.meter.write_trace(Path(job.ask.run.trace))
+            engine.meter.write_trace(Path(job.ask.run.trace), progress.say)
         names = {llm.model_name, job.ask.engine.model, None}
         inlet, drafter = EngineInlet(engine), job.ask.make_drafter(job.batch, llm.tokenizer)
         feed = Feed(job.source.rows(), drafter, inlet, llm.tokenizer, job.journal)
@@ -125,21 +127,30 @@ def answer_rows(job: Job, progress: Progress, stop: StopSignals) -> Work:
         work.run_seconds, work.shared = progress.seconds, feed.flow.shared
         # The last window is not full.
         work.windows = inlet.window.filled + inlet.window.filling
+        # The full KV cache may have taken over.
+        work.settings |= llm.resolved
     return work
 
 
 def check_stop(job: Job, progress: Progress, stop: StopSignals) -> None:
-    done = progress.state.rows_done
-    saved = f"{done:,} of {job.rows:,} rows are saved in {job.journal.path}"
     if stop.requested:
+        saved = describe_saved(job, progress.state)
         raise JobStopped(f"interrupted: {saved}; run the same command again to go on", INTERRUPTED)
+    check_errors(job, progress.state)
+
+
+def check_errors(job: Job, state: State) -> None:
     limit = job.most_errors
-    if limit is not None and progress.state.errors >= limit:
-        message = f"{progress.state.errors:,} rows failed, which --max-errors {job.ask.run.max_errors} does not allow"
+    if limit is not None and state.errors >= limit:
+        message = f"{state.errors:,} rows failed, which --max-errors {job.ask.run.max_errors} does not allow"
         first = next((record for _, record in job.journal.records() if record.answer.error is not None), None)
         if first is not None and first.answer.error is not None:
             message += f"; the first is line {first.line}: {first.answer.error.message}"
-        raise JobStopped(f"{message}. {saved}", TOO_MANY_ERRORS)
+        raise JobStopped(f"{message}. {describe_saved(job, state)}", TOO_MANY_ERRORS)
+
+
+def describe_saved(job: Job, state: State) -> str:
+    return f"{state.rows_done:,} of {job.rows:,} rows are saved in {job.journal.path}"
 
 
 def count(finished: list[Finished], work: Work, state: State) -> None:
@@ -154,9 +165,9 @@ def tell(finished: Finished, names: set[str | None], answering: str, progress: P
     """Say once what a user should know of a row that was answered: another model, fields left out."""
     record = finished.record
     if record.model not in names:
-        progress.say(f"rows ask for the model {record.model!r}; {answering} answers them")
+        progress.say_of_rows(f"rows ask for the model {record.model!r}; {answering} answers them")
     for warning in record.warnings:
-        progress.say(warning)
+        progress.say_of_rows(warning)
 
 
 def are_written(job: Job) -> bool:
@@ -170,7 +181,9 @@ def describe_files(job: Job, paths: list[Path]) -> dict[str, Any]:
 
 
 def conclude(job: Job, work: Work, progress: Progress, report: dict[str, Any] | None) -> dict[str, Any]:
-    """Write results and report (that of an earlier run, where it had answered the last row)."""
+    """Write results and report (that of an earlier run, where it had answered the last row). Raises JobStopped where
+    the last rows brought too many errors, or an earlier run had them."""
+    check_errors(job, progress.state)
     if job.journal.totals().rows != job.rows or hash_file(job.source.path) != job.input_hash:
         raise InputError(f"{job.source.path} changed while the job ran: start anew with --fresh")
     written = write_results(job.source, job.journal, job.form)
@@ -178,10 +191,15 @@ def conclude(job: Job, work: Work, progress: Progress, report: dict[str, Any] | 
     job.journal.write_meta("report", report)
     job.journal.write_meta("written", describe_files(job, [job.form.output, job.form.errors]))
     write_report(Path(f"{job.ask.output}.report.json"), report)
-    if job.ask.source == STDIN:
-        Path(f"{job.ask.output}.input").unlink(missing_ok=True)
+    drop_spool(job)
     progress.show_report(report)
     return report
+
+
+def drop_spool(job: Job) -> None:
+    """Standard input is not needed any more once the results are written."""
+    if job.ask.source == STDIN:
+        job.source.path.unlink(missing_ok=True)
 
 
 def make_report(job: Job, work: Work) -> dict[str, Any]:

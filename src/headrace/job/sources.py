@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -25,6 +26,8 @@ BOM = b"\xef\xbb\xbf"
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 BATCH_FIELDS = ("custom_id", "url", "body")
 PEEKED_ROWS = 100
+# What Arrow raises for a cell that is no Python value, or cannot be cast.
+UNREADABLE = (OverflowError, ValueError, pa.ArrowException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,30 +195,50 @@ class ParquetTable:
     def rows(self) -> Iterator[Row]:
         index = 0
         for batch in self.batches():
-            for value in to_rows(batch):
-                yield Row(index, index + 1, value)
+            for cells in zip(*map(read_column, batch.schema.names, batch.columns), strict=True):
+                error = next((cell for cell in cells if isinstance(cell, RowError)), None)
+                value = dict(zip(batch.schema.names, cells, strict=True)) if error is None else None
+                yield Row(index, index + 1, value, error)
                 index += 1
 
     def count(self) -> int:
         return int(self._file.metadata.num_rows)
 
 
-def to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """A batch as Python values; nanoseconds are cut, which Python's own times do not have."""
-    columns = [plain_times(column) for column in batch.columns]
-    rows: list[dict[str, Any]] = pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
-    return rows
+def read_column(name: str, column: pa.Array) -> list[Any]:
+    """Its cells as Python values; nanoseconds are cut, which Python's own times do not have."""
+    try:
+        return list(column.cast(cut_times(column.type), safe=False).to_pylist())
+    except UNREADABLE:
+        return [read_cell(name, cell) for cell in column]
 
 
-def plain_times(column: pa.Array) -> pa.Array:
-    kind = column.type
+def cut_times(kind: pa.DataType) -> pa.DataType:
+    """The type with microseconds for its nanoseconds, however deep they lie."""
     if pa.types.is_timestamp(kind) and kind.unit == "ns":
-        return column.cast(pa.timestamp("us", kind.tz), safe=False)
+        return pa.timestamp("us", kind.tz)
     if pa.types.is_duration(kind) and kind.unit == "ns":
-        return column.cast(pa.duration("us"), safe=False)
+        return pa.duration("us")
     if pa.types.is_time64(kind) and kind.unit == "ns":
-        return column.cast(pa.time64("us"), safe=False)
-    return column
+        return pa.time64("us")
+    if pa.types.is_struct(kind):
+        return pa.struct([each.with_type(cut_times(each.type)) for each in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(cut_times(kind.key_type), cut_times(kind.item_type), kind.keys_sorted)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        items = cut_times(kind.value_type)
+        return kind if items == kind.value_type else pa.list_(items)
+    return kind
+
+
+def read_cell(name: str, cell: pa.Scalar) -> Any:
+    """A cell that Python may have no value for, as a date after the year 9999: as text, else as its row's error."""
+    try:
+        return cell.cast(cut_times(cell.type), safe=False).as_py()
+    except UNREADABLE as error:
+        with suppress(*UNREADABLE):
+            return cell.cast(pa.string()).as_py()
+        return RowError("parquet_cell", f"column {name!r} holds what cannot be read: {first_line(error)}")
 
 
 def check_columns(path: Path, names: list[str]) -> None:

@@ -7,9 +7,10 @@ import fcntl
 import os
 import signal
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -53,7 +54,17 @@ class StopSignals:
             # The journal is whole at every instant, so nothing needs to be put in order.
             os._exit(INTERRUPTED)
         self.requested = True
-        os.write(2, NOTICE)
+        # What read it, such as `2>&1 | tee`, may have died of the same Ctrl-C.
+        with suppress(OSError):
+            os.write(2, NOTICE)
+
+
+def print_to_stderr(text: str) -> None:
+    """A line for the user. Where nobody reads any more, nothing that is printed fails from then on, at exit neither."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextmanager
@@ -91,15 +102,21 @@ def take_lock(path: Path, output: Path) -> int:
 
 @contextmanager
 def explain_disk_errors(output: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line that says what is safe and what to do."""
+    """Turn a full or read-only disk, or a locked journal, into one line that says what is safe and what to do."""
     try:
         yield
     except (sqlite3.OperationalError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
             raise
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        place, reason = f"cannot write beside {output}", str(error)
+        remedy = "make room or make the folder writable"
+        if isinstance(error, OSError):
+            place = place if error.filename is None else f"cannot read or write {error.filename}"
+            reason = str(error.strerror)
+        elif "locked" in reason:
+            place, remedy = f"another program holds {output}.journal", "end that program"
         message = (
-            f"cannot write beside {output}: {str(reason).lower()}. Rows finished until now are safe in "
-            f"{output}.journal; make room or make the folder writable, then run the same command again"
+            f"{place}: {reason.lower()}. Rows finished until now are safe in {output}.journal; "
+            f"{remedy}, then run the same command again"
         )
         raise JobStopped(message, DISK) from error

@@ -12,6 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.checkpoint import Tokenizer
 from headrace.core import Constraint, InputError, RowError, SamplingParams
+from headrace.engine.structure import check_constraint
 from headrace.job.drafts import Draft
 from headrace.job.embeddings import Embedder
 from headrace.job.sources import Row
@@ -111,7 +112,17 @@ def read_template(run: RunOptions) -> str | None:
 
 
 def read_constraint(run: RunOptions) -> Constraint | None:
-    """What every output must match, from the run's flags. Raises InputError."""
+    """What every output must match, from the run's flags. Raises InputError, also for what no output can match."""
+    constraint = spell_constraint(run)
+    try:
+        if constraint is not None:
+            check_constraint(constraint)
+    except RowError as error:
+        raise InputError(str(error)) from None
+    return constraint
+
+
+def spell_constraint(run: RunOptions) -> Constraint | None:
     if sum(each is not None for each in (run.json_schema, run.regex, run.choice)) > 1:
         raise InputError("give only one of --json-schema, --regex and --choice")
     if run.expand and run.json_schema is None:

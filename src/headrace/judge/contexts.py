@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain, zip_longest
 
-from headrace.judge.contexts_global import many_shot, math_find
+from headrace.judge.contexts_global import NUMBERS, many_shot, math_find
 from headrace.judge.contexts_strings import multi_needle, prefix_suffix, retr_kv, trace_variables
 from headrace.judge.contexts_text import find_sentence, match_lead, next_sentence
 from headrace.judge.episodes import MANY, Episode, Filler, Turn
@@ -75,7 +75,7 @@ TASKS: dict[str, Task] = {
     "multi_needle": lambda filler, seed, tokens: multi_needle(filler, seed, 4, tokens * CHARACTERS),
     "find_sentence": lambda filler, seed, tokens: find_sentence(filler, seed, tokens * CHARACTERS, 3),
     "next_sentence": lambda filler, seed, tokens: next_sentence(filler, seed, tokens * CHARACTERS, 3),
-    "math_find": lambda filler, seed, tokens: math_find(seed, tokens // NUMBER // 2 * 2 - 1),
+    "math_find": lambda filler, seed, tokens: math_find(seed, min(tokens // NUMBER // 2 * 2, len(NUMBERS)) - 1),
     "many_shot": lambda filler, seed, tokens: many_shot(seed, tokens // EXAMPLE),
     "match_lead": lambda filler, seed, tokens: match_lead(filler, seed, tokens * CHARACTERS),
     "mix_kv_needle": mix_kv_needle,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ MOST_POINTS = 2000
 
 # In the order of the report. What passes between kernels is torch's gathers and Python.
 KERNEL_PARTS = ("matrix products", "attention", "other kernels", "between kernels")
-PARTS = (*KERNEL_PARTS, "scheduling", "sampling", "tokenization", "files")
+PARTS = (*KERNEL_PARTS, "scheduling", "sampling", "tokenization", "files", "measuring loss")
 
 
 @dataclass(slots=True)
@@ -51,9 +51,10 @@ class Meter:
         self._steps_a_point = 1
         self._pending: list[list[float]] = []
 
-    def write_trace(self, path: Path) -> None:
-        """Write every step and its parts to this file from now on, as a Chrome trace. Raises OSError."""
-        self._trace = self.watch.listener = TraceWriter(path, time.perf_counter())
+    def write_trace(self, path: Path, tell: Callable[[str], None]) -> None:
+        """Write every step and its parts to this file from now on, as a Chrome trace. Raises OSError where it cannot be
+        opened; `tell` hears of a trace that ends early."""
+        self._trace = self.watch.listener = TraceWriter(path, time.perf_counter(), tell)
 
     def close(self) -> None:
         if self._trace is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -25,13 +27,25 @@ class Stopwatch:
         self.listener: Listener | None = None
         self._open: list[tuple[str, float]] = []
         self._mark = 0.0
+        self._whole: str | None = None
 
     def part(self, name: str) -> Part:
         """For `with`: what happens inside belongs to this part."""
         return Part(self, name)
 
+    @contextmanager
+    def whole(self, name: str) -> Iterator[None]:
+        """For `with`: what happens inside belongs to this part, and so do the parts in it."""
+        with self.part(name):
+            self._whole = name
+            try:
+                yield
+            finally:
+                self._whole = None
+
     def enter(self, name: str) -> None:
         now = time.perf_counter()
+        name = self._whole or name
         if self._open:
             self.seconds[self._open[-1][0]] += now - self._mark
         self._open.append((name, now))

@@ -116,10 +116,13 @@ def read_call(node: ast.expr, expression: str) -> tuple[str, dict[str, Any]]:
         return node.id, {}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
         raise InputError(f"kv {expression!r} cannot be read: write a policy as in 'kivi(k=4, v=2)'")
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for keyword in node.keywords:
+        name = str(keyword.arg)
+        if name in arguments:
+            raise InputError(f"kv {expression!r}: {name} is given twice")
         try:
-            arguments[str(keyword.arg)] = ast.literal_eval(keyword.value)
-        except ValueError:
-            raise InputError(f"kv {expression!r}: {keyword.arg} must be a number or a text in quotes") from None
+            arguments[name] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError):
+            raise InputError(f"kv {expression!r}: {name} must be a number or a text in quotes") from None
     return node.func.id, arguments

@@ -6,8 +6,8 @@ from headrace.core import InputError
 
 
 def check_choice(policy: str, name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise InputError unless a policy's parameter has one of these values."""
-    if isinstance(value, bool) or value not in choices:
+    """Raise InputError unless a policy's parameter has one of these values; 4.0 is not 4."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         allowed = ", ".join(map(str, choices))
         raise InputError(f"kv {policy}: {name} must be one of {allowed}, got {value!r}")
 
@@ -18,3 +18,9 @@ def check_number(policy: str, name: str, value: object, low: float, high: float,
     if not right or not low <= value <= high:  # type: ignore[operator]
         kind = "a whole number" if whole else "a number"
         raise InputError(f"kv {policy}: {name} must be {kind} from {low:g} to {high:g}, got {value!r}")
+
+
+def check_text(policy: str, name: str, value: object) -> None:
+    """Raise InputError unless a policy's parameter is a text."""
+    if not isinstance(value, str):
+        raise InputError(f"kv {policy}: {name} must be a text in quotes, got {value!r}")

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from headrace.cache.layout import CacheLayout, Shrink, Summary
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
-from headrace.cache.policies.parameters import check_choice, check_number
+from headrace.cache.policies.parameters import check_choice, check_number, check_text
 from headrace.cache.policies.selecting import BlockRows, find_folder, map_file, take_token
 from headrace.core import InputError
 from headrace.kernels.base import HeadSpec, LayerCache, RaggedBatch, SealedForm
@@ -121,6 +121,7 @@ class ShadowKV:
         ):
             check_number("shadowkv", name, value, low, 1 << 20)
         check_choice("shadowkv", "slow", slow, ("file", "memory"))
+        check_text("shadowkv", "folder", folder)
         if folder and slow != "file":
             raise InputError("kv shadowkv: folder is for values in files; leave it out, or slow='memory'")
         self.rank, self.budget, self.outliers, self.local = rank, budget, outliers, local

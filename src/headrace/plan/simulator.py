@@ -104,6 +104,8 @@ class Simulator:
         self.watch = watch
         self.found = Simulated()
         self._tasks: dict[int, Task] = {}
+        # The length at which each sequence will end.
+        self._ends: dict[int, int] = {}
         self._open: dict[str, int] = {}
         self._held = Held()
         self._numbers = count()
@@ -135,6 +137,9 @@ class Simulator:
         for index in range(request.params.n):
             sequence = Sequence(request, index, next(self._numbers), pack(request.prompt_token_ids))
             self._tasks[sequence.number] = task
+            # As in the engine, an output ends at its max_tokens and with the context, whatever the task says.
+            end = min(sequence.prompt_length + task.output, sequence.max_length, self.memory.context_length)
+            self._ends[sequence.number] = end
             self.state.add(sequence)
         self._open[request.id] = request.params.n
         self._held.take(request)
@@ -166,12 +171,9 @@ class Simulator:
         if sequence.request.generates:
             sequence.tokens.append(next(self._invented))
             self.found.output_tokens += 1
-        # As in the engine, an output ends at its max_tokens and with the context, whatever the task says.
-        most = min(sequence.max_length, self.memory.context_length)
-        said = sequence.output_length >= self._tasks[sequence.number].output or len(sequence.tokens) >= most
-        if said or not sequence.request.generates:
+        if len(sequence.tokens) >= self._ends[sequence.number]:
             finish(sequence, self.state)
-            del self._tasks[sequence.number]
+            del self._tasks[sequence.number], self._ends[sequence.number]
             name = sequence.request.id
             self._open[name] -= 1
             if self._open[name] == 0:

@@ -79,15 +79,17 @@ def apply(plan: StepPlan, state: SchedulerState) -> None:
 
 def advance(plan: StepPlan, state: SchedulerState) -> None:
     """The plan's chunks are computed: share their full blocks, release what windows no longer see."""
+    ledger, layout = state.ledger, state.ledger.layout
     for chunk in plan.chunks:
         sequence = state.find(chunk.sequence)
         sequence.computed += chunk.length
         state.background_computed += chunk.length * sequence.request.background
-        state.ledger.publish(sequence)
-        state.ledger.slide(sequence)
-        blocks = count_shrinking(chunk, sequence, state.ledger.layout)
+        if sequence.computed // layout.block_size > chunk.start // layout.block_size:
+            ledger.publish(sequence)
+        ledger.slide(sequence)
+        blocks = count_shrinking(chunk, sequence, layout)
         if blocks:
-            state.ledger.shrink(sequence, blocks)
+            ledger.shrink(sequence, blocks)
 
 
 def finish(sequence: Sequence, state: SchedulerState, keep_until: float | None = None) -> None:

@@ -13,17 +13,21 @@ from headrace.meter.operations import Piece
 def describe_pieces(scheduled: Rows[tuple[Chunk, Sequence]], layout: CacheLayout, references: list[int]) -> list[Piece]:
     """What the meter counts of a step, before the step changes the sequences. references: holders of each block."""
     whole = next((index for index, group in enumerate(layout.groups) if group.window is None), None)
+    size = layout.block_size
     read: set[int] = set()
     pieces = []
     for chunk, sequence in scheduled:
-        blocks = [] if whole is None else sequence.tables[whole][: chunk.start // layout.block_size]
+        shared = 0
         # Where blocks are dropped none is shared; what is left counts as if it were at the text's beginning.
-        held = [] if sequence.dropped else list(takewhile(lambda block: references[block] > 1, blocks))
-        shared = sum(1 for block in held if block in read) * layout.block_size
-        read.update(held)
+        if whole is not None and chunk.start >= size and not sequence.dropped:
+            table = sequence.tables[whole]
+            if references[table[0]] > 1:
+                held = list(takewhile(lambda block: references[block] > 1, table[: chunk.start // size]))
+                shared = sum(1 for block in held if block in read) * size
+                read.update(held)
         output = chunk.start >= sequence.prompt_length
         logits = 0 if sequence.request.embed else len(wanted_rows(chunk, sequence))
-        seen = chunk.start - sequence.dropped * layout.block_size
+        seen = chunk.start - sequence.dropped * size
         if output and layout.most_read is not None:
             seen = min(seen, layout.most_read)
         pieces.append(Piece(seen, chunk.length, logits, output, shared))

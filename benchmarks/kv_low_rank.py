@@ -19,6 +19,7 @@ from headrace.cache.policies.base import LayerStep
 from headrace.cache.policies.plain import Plain
 from headrace.cache.policies.shadowkv import reduce_rank
 from headrace.judge.kv import KVJudge, choose_windows
+from headrace.judge.quality import find_begin
 from headrace.kernels.reference import read_blocks, rotate, write_slots
 from headrace.options import DEFAULT_MODEL
 
@@ -58,7 +59,12 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     arguments = parser.parse_args()
     with LLM(arguments.model, precision=arguments.precision, kv_cache_bytes=64 << 20) as llm:
-        windows = choose_windows(llm.tokenizer.encode(arguments.text.read_text()), arguments.context, arguments.windows)
+        windows = choose_windows(
+            llm.tokenizer.encode(arguments.text.read_text(), special=False),
+            arguments.context,
+            arguments.windows,
+            find_begin(llm.tokenizer),
+        )
         judge = KVJudge(llm.engine.model, windows, llm.options.block_size, lambda words: None)
         print("| rank of keys | dNLL | KL | top-1 |\n|---|---|---|---|")
         for rank in arguments.ranks:

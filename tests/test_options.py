@@ -104,6 +104,22 @@ def test_bad_values(name: str, value: object, message: str) -> None:
         parse_value(SETTINGS[name], value, "here")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("threads", 1.5, "a whole number, got 1.5"),
+        ("threads", True, "a whole number, got True"),
+        ("prefix_cache", "no", "true or false, got 'no'"),
+        ("kv_memory_share", "a", "a number, got 'a'"),
+        ("kv", 4, "text, got 4"),
+        ("seed", "x", "a whole number, got 'x'"),
+    ],
+)
+def test_values_of_another_kind_are_refused(name: str, value: object, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{name} must be {message}$"):
+        EngineOptions(**{name: value})  # type: ignore[arg-type]
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path

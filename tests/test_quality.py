@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import shared_data
+from tokenizers.processors import TemplateProcessing
 
 from headrace import LLM
+from headrace.checkpoint import open_checkpoint
 from headrace.cli import main
 from headrace.core import InputError
 from headrace.engine import precision
 from headrace.engine.precision import choose_precision
-from headrace.judge.quality import cut_windows, measure_agreement, measure_perplexity
+from headrace.judge.quality import cut_text, cut_windows, find_begin, measure_agreement, measure_perplexity
 from headrace.meter import losses
 from headrace.options import EngineOptions
 from headrace.quant.int8 import Int8
@@ -38,6 +40,23 @@ def test_windows() -> None:
         cut_windows([1, 2, 3], 4, 100)
     with pytest.raises(InputError, match="predicts nothing"):
         cut_windows([1, 2, 3], 1, 100)
+    assert cut_windows(list(range(7)), 4, 100, [99]) == [[99, 0, 1, 2], [99, 3, 4, 5]]
+    with pytest.raises(InputError, match="use 3 or more"):
+        cut_windows([1, 2, 3], 2, 100, [99])
+
+
+@pytest.mark.parametrize("begin", [[], [0]])
+def test_every_window_begins_as_the_model_wants_it(begin: list[int], tiny_model: Path) -> None:
+    tokenizer = open_checkpoint(str(tiny_model)).tokenizer()
+    if begin:
+        template = TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        tokenizer.backend.post_processor = template
+    windows = cut_text("the wheel turns " * 40, tokenizer, 32, 1000)
+    text = tokenizer.encode("the wheel turns " * 40, special=False)
+    assert find_begin(tokenizer) == begin and len(windows) >= 2
+    assert [each[: len(begin)] for each in windows] == [begin] * len(windows)
+    own = [token for each in windows for token in each[len(begin) :]]
+    assert own == text[: len(windows) * (32 - len(begin))]
 
 
 def test_perplexity_equals_the_score_of_the_same_windows(tiny_model: Path) -> None:

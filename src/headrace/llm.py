@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from threading import Lock
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 from headrace.checkpoint import open_checkpoint
 from headrace.checkpoint.pooling import read_pooling
 from headrace.core import InputError, Pooling, Request, RowError, SamplingParams
 from headrace.engine.deltas import DeltaReader
+from headrace.engine.engine import Engine
 from headrace.engine.loading import change_kv, load_engine
 from headrace.engine.outputs import RequestOutput, ScoreOutput
+from headrace.engine.reading import read_score
+from headrace.engine.stream import Asked, answer, speak
 from headrace.meter.bar import show_progress
 from headrace.meter.report import describe_run
 from headrace.options import DEFAULT_MODEL, EngineOptions
 from headrace.schedule.prefixes import pack
-from headrace.schedule.window import Held, Window
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+CLOSED = "this LLM is closed: make a new one"
+BUSY = "another stream of this LLM is unfinished: read it to its end or close it first"
 
 
 class LLM:
@@ -60,11 +65,12 @@ class LLM:
         self.resolved = loaded.resolved
         self.load_seconds = time.perf_counter() - began
         self.run_seconds = 0.0
-        self._busy = False
+        # Held while a stream is read.
+        self._stream_lock = Lock()
         # What a token adds to a text, in UTF-8.
         self.token_bytes = lru_cache(maxsize=65536)(self.tokenizer.token_bytes)
 
-    @property
+    @cached_property
     def pooling(self) -> Pooling:
         """How the model's own configuration makes one vector of a text."""
         return read_pooling(open_checkpoint(self.options.model).path)
@@ -72,7 +78,7 @@ class LLM:
     @property
     def context_length(self) -> int:
         """Most tokens of a prompt and its output together."""
-        return self.engine.context_length
+        return self._require_open().context_length
 
     def generate(
         self,
@@ -87,11 +93,7 @@ class LLM:
         `.error` set and no outputs; the others are not touched by it. On a terminal, work of more than two seconds
         shows its progress.
         """
-        prompts = as_list(prompts)
-        answers: dict[str, RequestOutput] = {}
-        for output in show_progress(self.stream(prompts, params), len(prompts), progress):
-            answers[output.request_id] = output
-        return [answers[str(index)] for index in range(len(prompts))]
+        return self._answer(as_list(prompts), params, progress, self._tokens)
 
     def chat(
         self,
@@ -100,10 +102,12 @@ class LLM:
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Answer each conversation (a list of {"role": ..., "content": ...}) through the model's chat template."""
+        """Answer each conversation (a list of {"role": ..., "content": ...}) through the model's chat template.
+
+        One that the template refuses comes back with `.error` set, as `generate` has it.
+        """
         several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
-        prompts = [self._render(cast(Sequence[Message], each)) for each in several]
-        return self.generate(prompts, params, progress=progress)
+        return self._answer(cast(Sequence[Any], several), params, progress, self._render)
 
     def stream(
         self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -114,13 +118,7 @@ class LLM:
         is read only as far ahead as will run soon. Leaving the loop early drops the rest. One call at a time: raises
         ValueError while another stream of this LLM is unfinished.
         """
-        self._require_ready()
-        params = params if params is not None else SamplingParams()
-        if not isinstance(params, SamplingParams) and isinstance(prompts, Sequence) and len(params) != len(prompts):
-            raise InputError(
-                f"params must be one for all or one a prompt: got {len(params)} for {len(prompts)} prompts"
-            )
-        return self._run(self._requests(prompts, params), lazy=not isinstance(prompts, Sequence))
+        return self._stream(prompts, params, self._tokens)
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """The answer to one conversation, in pieces of text as they come. One call at a time, as `stream`.
@@ -129,6 +127,8 @@ class LLM:
         """
         self._require_ready()
         params = params or SamplingParams()
+        if params.n != 1:
+            raise InputError(f"stream_chat gives one answer: n must be 1, got {params.n}")
         request = Request("0", tuple(self._render(messages)), params)
         return self._speak(request, DeltaReader(self.tokenizer, params))
 
@@ -141,8 +141,10 @@ class LLM:
         Raises ValueError for a text that is empty or longer than the context.
         """
         self._require_ready()
+        if pooling not in (None, *get_args(Pooling)):
+            raise InputError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
         texts = as_list(texts)
-        requests = self._requests(texts, SamplingParams(max_tokens=1), embed=pooling or self.pooling)
+        requests = self._requests(texts, SamplingParams(max_tokens=1), self._tokens, embed=pooling or self.pooling)
         answers = {each.request_id: each for each in show_progress(self._run(requests), len(texts), progress)}
         for place in range(len(texts)):
             if (error := answers[str(place)].error) is not None:
@@ -156,15 +158,16 @@ class LLM:
         """
         self._require_ready()
         texts = as_list(texts)
-        requests = self._requests(texts, SamplingParams(max_tokens=1), score=True)
+        requests = self._requests(texts, SamplingParams(max_tokens=1), self._tokens, score=True)
         answers = {each.request_id: each for each in show_progress(self._run(requests), len(texts), progress)}
-        return [self._read_score(text, answers[str(index)]) for index, text in enumerate(texts)]
+        return [read_score(answers[str(place)], self.tokenizer) for place in range(len(texts))]
 
     def report(self) -> dict[str, Any]:
         """What all calls of this LLM did so far, as `headrace run` writes it into its report."""
+        engine = self._require_open()
         return describe_run(
-            self.engine.counters,
-            self.engine.meter,
+            engine.counters,
+            engine.meter,
             self.load_seconds,
             self.run_seconds,
             self.resolved,
@@ -178,7 +181,7 @@ class LLM:
         """
         memory = self.resolved["kv_cache_bytes"]
         options = replace(self.options, kv=kv, block_size=block_size, kv_cache_bytes=memory)
-        change_kv(self.engine, options)
+        change_kv(self._require_open(), options)
         self.options = replace(options, kv_cache_bytes=self.options.kv_cache_bytes)
         self.resolved |= {"kv": kv, "block_size": block_size}
 
@@ -196,11 +199,28 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _require_open(self) -> Engine:
+        if "engine" not in self.__dict__:
+            raise InputError(CLOSED)
+        return self.engine
+
     def _require_ready(self) -> None:
-        if not hasattr(self, "engine"):
-            raise InputError("this LLM is closed: make a new one")
-        if self._busy:
-            raise InputError("another stream of this LLM is unfinished: read it to its end or close it first")
+        self._require_open()
+        if self._stream_lock.locked():
+            raise InputError(BUSY)
+
+    @contextmanager
+    def _claim(self) -> Iterator[Engine]:
+        """The engine for one stream, while it is read. Raises InputError while another one is."""
+        engine = self._require_open()
+        if not self._stream_lock.acquire(blocking=False):
+            raise InputError(BUSY)
+        began = time.perf_counter()
+        try:
+            yield engine
+        finally:
+            self.run_seconds += time.perf_counter() - began
+            self._stream_lock.release()
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
         text = self.tokenizer.render_chat([dict(message) for message in messages])
@@ -213,75 +233,60 @@ class LLM:
             return tuple(prompt)
         raise InputError(f"a prompt must be a text or a list of token ids, got {prompt!r:.80}")
 
+    def _answer(
+        self,
+        prompts: Sequence[Any],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool,
+        read: Callable[[Any], Sequence[int]],
+    ) -> list[RequestOutput]:
+        stream = show_progress(self._stream(prompts, params, read), len(prompts), progress)
+        answers = {output.request_id: output for output in stream}
+        return [answers[str(index)] for index in range(len(prompts))]
+
+    def _stream(
+        self,
+        prompts: Iterable[Any],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        read: Callable[[Any], Sequence[int]],
+    ) -> Iterator[RequestOutput]:
+        self._require_ready()
+        params = params if params is not None else SamplingParams()
+        if not isinstance(params, SamplingParams) and isinstance(prompts, Sequence) and len(params) != len(prompts):
+            raise InputError(
+                f"params must be one for all or one a prompt: got {len(params)} for {len(prompts)} prompts"
+            )
+        return self._run(self._requests(prompts, params, read), lazy=not isinstance(prompts, Sequence))
+
     def _requests(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[Any],
         params: SamplingParams | Sequence[SamplingParams],
+        read: Callable[[Any], Sequence[int]],
         score: bool = False,
         embed: Pooling | None = None,
-    ) -> Iterator[tuple[Request, str | None]]:
+    ) -> Iterator[Asked]:
+        """`read` makes tokens of a prompt; one of which it raises RowError has none."""
         for index, prompt in enumerate(prompts):
+            if not isinstance(params, SamplingParams) and index == len(params):
+                raise InputError(f"params must be one for all or one a prompt: there are more than {index} prompts")
             own = params if isinstance(params, SamplingParams) else params[index]
+            tokens: Sequence[int] = ()
+            error = None
+            try:
+                tokens = read(prompt)
+            except RowError as refused:
+                error = refused
             text = prompt if isinstance(prompt, str) else None
-            yield Request(str(index), self._tokens(prompt), own, score, embed), text
+            yield Asked(Request(str(index), tokens, own, score, embed), text, error)
 
     def _speak(self, request: Request, reader: DeltaReader) -> Iterator[str]:
-        engine, self._busy = self.engine, True
-        began, output = time.perf_counter(), None
-        try:
-            engine.add(request)
-            while output is None:
-                output = next(iter(engine.step()), None)
-                (choice,) = engine.peek(request.id) if output is None else output.outputs
-                delta = reader.read(choice)
-                if delta is not None and delta.text:
-                    yield delta.text
-            if output.error is not None:
-                raise output.error
-        finally:
-            engine.abort(request.id)
-            self.run_seconds += time.perf_counter() - began
-            self._busy = False
+        with self._claim() as engine:
+            yield from speak(engine, request, reader)
 
-    def _run(self, requests: Iterator[tuple[Request, str | None]], lazy: bool = False) -> Iterator[RequestOutput]:
-        """Keep the engine supplied and yield its answers; whatever happens, leave it empty."""
-        engine, self._busy = self.engine, True
-        asked: dict[str, tuple[Request, str | None]] = {}
-        began = time.perf_counter()
-        try:
-            window, held = Window(engine.state, engine.schedule, lazy), Held()
-            supply: Iterator[tuple[Request, str | None]] | None = requests
-            while supply is not None or engine.unfinished:
-                while supply is not None and window.wants(held.bytes):
-                    request, text = next(supply, (None, None))
-                    if request is None:
-                        supply = None
-                        break
-                    try:
-                        engine.add(request)
-                        asked[request.id] = request, text
-                        held.take(request)
-                    except RowError as error:
-                        yield RequestOutput(request.id, text, list(request.prompt_token_ids), [], error=error)
-                for output in engine.step():
-                    request, output.prompt = asked.pop(output.request_id)
-                    held.give_back(request)
-                    yield output
-        finally:
-            engine.abort_all(asked)
-            self.run_seconds += time.perf_counter() - began
-            self._busy = False
-
-    def _read_score(self, text: Prompt, output: RequestOutput) -> ScoreOutput:
-        if output.error is not None:
-            raise InputError(f"text {output.request_id} cannot be scored: {output.error}")
-        tokens = output.prompt_token_ids
-        logprobs = [None if each is None else each.logprob for each in output.prompt_logprobs or []]
-        known = [value for value in logprobs if value is not None]
-        perplexity = math.exp(-sum(known) / len(known)) if known else math.nan
-        return ScoreOutput(
-            text if isinstance(text, str) else self.tokenizer.decode(tokens), tokens, logprobs, perplexity
-        )
+    def _run(self, requests: Iterator[Asked], lazy: bool = False) -> Iterator[RequestOutput]:
+        with self._claim() as engine:
+            yield from answer(engine, requests, lazy)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

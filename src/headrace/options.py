@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from headrace.core import InputError
@@ -36,11 +37,28 @@ class Options:
             value, low, high = getattr(self, each.name), each.metadata["low"], each.metadata["high"]
             if get_origin(hints[each.name]) is Literal and value not in get_args(hints[each.name]):
                 raise InputError(f"{each.name} must be one of {', '.join(get_args(hints[each.name]))}, got {value!r}")
+            union = get_origin(hints[each.name]) is UnionType
+            check_kind(each.name, value, get_args(hints[each.name]) if union else (hints[each.name],))
             if low is None or value is None:
                 continue
             if not isinstance(value, int | float) or not low <= value <= high:
                 limit = f"of at least {low:,}" if high == math.inf else f"from {low:,} to {high:,}"
                 raise InputError(f"{each.name} must be a number {limit}, got {value!r}")
+
+
+def check_kind(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    """Raise InputError for what is no number, or not whole, no text or no switch, where a setting is one of these."""
+    for kind, right, words in (
+        (bool, (bool,), "true or false"),
+        (float, (int, float), "a number"),
+        (int, (int,), "a whole number"),
+        (str, (str,), "text"),
+    ):
+        if kind in kinds:
+            fits = isinstance(value, right) and (kind is bool or not isinstance(value, bool))
+            if not fits and not (value is None and NoneType in kinds):
+                raise InputError(f"{name} must be {words}, got {value!r}")
+            return
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,14 +92,15 @@ def judge_policies(
 ) -> dict[str, Any]:
     """What the page and the tables show, as plain values. `found` hears of each policy once it is measured."""
     from headrace.judge.kv import TAIL, KVJudge, choose_windows
+    from headrace.judge.quality import find_begin
 
     contexts, memory = read_numbers(flags["contexts"]), parse_size(flags["kv_cache_bytes"])
     with load_model(flags) as llm:
         check_fit(llm, kv, max(contexts) + TAIL)
-        tokens = llm.tokenizer.encode(text)
+        tokens, begin = llm.tokenizer.encode(text, special=False), find_begin(llm.tokenizer)
         plain, policies = [], []
         # A text that is too short for one of them is refused before anything is measured.
-        texts = {context: choose_windows(tokens, context, flags["windows"]) for context in contexts}
+        texts = {context: choose_windows(tokens, context, flags["windows"], begin) for context in contexts}
         for context, windows in texts.items():
             judge = KVJudge(llm.engine.model, windows, llm.options.block_size, tell)
             plain.append({"context": context, "windows": len(windows), "perplexity": judge.find_perplexity()})

@@ -118,11 +118,11 @@ def ppl(
     Example:
       headrace eval ppl --text novel.txt --precision int8
     """
-    from headrace.judge.quality import cut_windows, measure_perplexity
+    from headrace.judge.quality import cut_text, measure_perplexity
     from headrace.llm import LLM
 
     with LLM(model, precision=precision) as llm, Steps("windows") as steps:  # type: ignore[arg-type]
-        windows = cut_windows(llm.tokenizer.encode(read_text(text)), window, most)
+        windows = cut_text(read_text(text), llm.tokenizer, window, most)
         found = measure_perplexity(llm.engine.model, windows, steps.tell)
         values = {"precision": llm.resolved["precision"], **dataclasses.asdict(found), "window": window}
     show(values, as_json)
@@ -146,7 +146,7 @@ def agree(
     Example:
       headrace eval agree --text novel.txt --precision int8 --against bf16
     """
-    from headrace.judge.quality import cut_windows, measure_agreement
+    from headrace.judge.quality import cut_text, measure_agreement
     from headrace.llm import LLM
     from headrace.meter.losses import save_loss
 
@@ -156,7 +156,7 @@ def agree(
         LLM(model, precision=precision, **small) as other,  # type: ignore[arg-type]
         Steps("windows") as steps,
     ):
-        windows = cut_windows(one.tokenizer.encode(read_text(text)), window, most)
+        windows = cut_text(read_text(text), one.tokenizer, window, most)
         found = measure_agreement(one.engine.model, other.engine.model, windows, steps.tell)
         values: dict[str, Any] = {"precision": other.resolved["precision"], "against": one.resolved["precision"]}
         values["loss"] = found.other_perplexity / found.perplexity - 1
@@ -191,7 +191,7 @@ def quantize(
 
     from headrace.checkpoint import open_checkpoint
     from headrace.judge.calibration import calibrate
-    from headrace.judge.quality import cut_windows
+    from headrace.judge.quality import cut_text
     from headrace.kernels import choose_kernels
     from headrace.meter.peaks import count_cores
 
@@ -199,7 +199,7 @@ def quantize(
     kernels.set_threads(threads or count_cores())
     # The sums and searches are torch's, and nothing else runs meanwhile.
     torch.set_num_threads(threads or count_cores())
-    windows = cut_windows(checkpoint.tokenizer().encode(read_text(text)), window, most)
+    windows = cut_text(read_text(text), checkpoint.tokenizer(), window, most)
     with Console(stderr=True).status("reading") as status:
         found = calibrate(checkpoint, kernels, windows, group, status.update)
     losses = {name: each / found.plain - 1 for name, each in found.perplexities.items()}

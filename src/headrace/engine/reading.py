@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from itertools import groupby
@@ -9,9 +10,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from headrace.core import Sequence
+from headrace.checkpoint import Tokenizer
+from headrace.core import InputError, Sequence
 from headrace.engine.choosing import LOGIT_ROWS
 from headrace.engine.generation import Generation
+from headrace.engine.outputs import RequestOutput, ScoreOutput
 from headrace.engine.sampling import read_logprob
 from headrace.model import Model
 
@@ -54,3 +57,15 @@ def normalise(vector: Tensor) -> list[float]:
     """The vector at length 1 (a mean and a sum have one direction), in numbers of float32."""
     found: list[float] = torch.nn.functional.normalize(vector.float(), dim=0).tolist()
     return found
+
+
+def read_score(output: RequestOutput, tokenizer: Tokenizer) -> ScoreOutput:
+    """What a scored request's answer says of its text. Raises InputError for one that failed."""
+    if output.error is not None:
+        raise InputError(f"text {output.request_id} cannot be scored: {output.error}")
+    tokens = output.prompt_token_ids
+    logprobs = [None if each is None else each.logprob for each in output.prompt_logprobs or []]
+    known = [value for value in logprobs if value is not None]
+    perplexity = math.exp(-sum(known) / len(known)) if known else math.nan
+    text = output.prompt if output.prompt is not None else tokenizer.decode(tokens)
+    return ScoreOutput(text, tokens, logprobs, perplexity)

@@ -7,7 +7,7 @@ one a step, as if they were generated, and what each step predicts is compared. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, median, stdev
@@ -160,15 +160,17 @@ class KVJudge:
         return math.exp(total / len(self.windows))
 
 
-def choose_windows(tokens: list[int], context: int, count: int) -> list[list[int]]:
-    """`count` windows with contexts of so many tokens, spread over a text. Raises InputError for one that is short."""
+def choose_windows(tokens: list[int], context: int, count: int, begin: Sequence[int] = ()) -> list[list[int]]:
+    """`count` windows with contexts of so many tokens, `begin` and then the text's, spread over it. Raises InputError
+    for a text that is short."""
     size = context + TAIL + 1
     if count < 2:
         raise InputError(f"{count} windows say nothing of how much windows differ: use 2 or more")
-    if len(tokens) < count * size:
+    needed = count * (size - len(begin))
+    if len(tokens) < needed:
         raise InputError(
-            f"the text has {len(tokens):,} tokens, and {count} windows of {size:,} need {count * size:,}: give more "
+            f"the text has {len(tokens):,} tokens, and {count} windows of {size:,} need {needed:,}: give more "
             "text, or ask for fewer windows or shorter contexts"
         )
-    windows = cut_windows(tokens, size, len(tokens))
+    windows = cut_windows(tokens, size, len(tokens), begin)
     return [windows[place] for place in spread(count, len(windows))]

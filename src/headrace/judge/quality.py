@@ -6,12 +6,13 @@ Texts are cut into windows that know nothing of each other; every token of a win
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from headrace.checkpoint import Tokenizer
 from headrace.core import InputError
 from headrace.engine.forward import compute_hidden
 from headrace.model import Model
@@ -43,11 +44,25 @@ class Agreement:
     tokens: int
 
 
-def cut_windows(tokens: list[int], window: int, most: int) -> list[list[int]]:
-    """Whole windows of the first `most` tokens. Raises InputError for a text without one."""
-    if window < 2:
-        raise InputError(f"a window of {window} tokens predicts nothing: use 2 or more")
-    windows = [tokens[start : start + window] for start in range(0, min(len(tokens), most) - window + 1, window)]
+def find_begin(tokenizer: Tokenizer) -> list[int]:
+    """What the model wants before any text: its begin token, or nothing."""
+    whole, alone = tokenizer.encode("a"), tokenizer.encode("a", special=False)
+    return whole[: next(start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)]
+
+
+def cut_text(text: str, tokenizer: Tokenizer, window: int, most: int) -> list[list[int]]:
+    """Whole windows of the first `most` tokens of a text. Raises InputError for a text without one."""
+    return cut_windows(tokenizer.encode(text, special=False), window, most, find_begin(tokenizer))
+
+
+def cut_windows(tokens: list[int], window: int, most: int, begin: Sequence[int] = ()) -> list[list[int]]:
+    """Whole windows of the first `most` tokens, each with `begin` before its own: a model that knows texts with a begin
+    token alone says little of one without. Raises InputError for a text without one."""
+    own = window - len(begin)
+    if own < 2:
+        raise InputError(f"a window of {window} tokens predicts nothing: use {2 + len(begin)} or more")
+    starts = range(0, min(len(tokens), most) - own + 1, own)
+    windows = [[*begin, *tokens[start : start + own]] for start in starts]
     if not windows:
         raise InputError(f"the text has {len(tokens)} tokens, fewer than a window of {window}")
     return windows

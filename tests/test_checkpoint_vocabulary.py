@@ -116,5 +116,12 @@ def test_unusable_tokenizers(tmp_path: Path, changes: dict[str, Any], message: s
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_piece_of_absurd_length_is_refused(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "a" * 200_000]
+    keys = {"tokens": tokens, "token_type": [2, 3, 3, 1], "scores": [0.0] * 4}
+    with pytest.raises(ModelError, match="a piece of 200,000 characters; 1,024 are supported"):
+        sentencepiece(tmp_path / "a.gguf", **{f"tokenizer__ggml__{name}": value for name, value in keys.items()})
+
+
 def test_the_byte_alphabet_is_whole() -> None:
     assert len(BYTE_LEVEL) == 256 and set(BYTE_LEVEL) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())

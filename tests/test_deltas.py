@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 import transformers
 
 from headrace import LLM, SamplingParams
-from headrace.core import Request, RowError
-from headrace.engine.deltas import DeltaReader, count_held
+from headrace.core import Request, RowError, Sequence
+from headrace.engine.deltas import DeltaReader, StopBeginning
+from headrace.engine.generation import Generation
 
 TEXTS = ["The wheel turns as long as water comes", "Grinds", "day and night, and grinds what it is given. " * 5]
 
@@ -45,11 +47,42 @@ def test_pieces_join_to_the_final_text(llm: LLM, stop: tuple[str, ...], seed: in
     assert ends == [choice.finish_reason for choice in output.outputs]
 
 
+def count_held(text: str, stop: str, step: int = 1) -> int:
+    """What is held of a text that comes in pieces of so many characters."""
+    beginning = StopBeginning(stop)
+    for start in range(0, len(text), step):
+        beginning.read(text[start : start + step])
+    return beginning.length
+
+
 def test_what_may_become_a_stop_is_held_back() -> None:
-    assert count_held("the whee", ("wheel",)) == 4
-    assert count_held("the wheel", ("wheels", "lx")) == 5
-    assert count_held("the", ("wheel",)) == 0
-    assert count_held("abab", ("ababc", "bb")) == 4
+    assert count_held("the whee", "wheel") == 4
+    assert count_held("the wheel", "wheels") == 5
+    assert count_held("the", "wheel") == count_held("the wheel", "wheel") == 0
+    generator = random.Random(0)
+    for _ in range(2000):
+        text, stop = ("".join(generator.choices("ab", k=generator.randint(1, most))) for most in (30, 9))
+        expected = max(length for length in range(len(stop)) if text.endswith(stop[:length]))
+        assert count_held(text, stop, generator.randint(1, 3)) == expected, (text, stop)
+
+
+def test_long_stops_cost_no_more_than_short_ones() -> None:
+    """With a search that begins anew at every token this takes minutes."""
+    for stop in ("a" * 40_000, "a" * 20_000 + "b" * 20_000, "ab" * 20_000, "b" + "a" * 39_999):
+        assert count_held("a" * 30_000 + "c", stop) == 0
+
+
+@pytest.mark.parametrize(("said", "text"), [("\nqrstuv\n", "\nqrstuv"), ("abc\nabcdefgh", "abc\n")])
+def test_a_stop_that_came_too_early_is_passed_over_for_good(llm: LLM, said: str, text: str) -> None:
+    """However long the other stops are: what follows it may have been sent."""
+    params = SamplingParams(max_tokens=40, min_tokens=5, stop=("\n", "abcdefgh"))
+    generation = Generation(Sequence(Request("a", (5,), params), 0, 0, [5]), llm.tokenizer, 0, None)
+    reader, pieces = DeltaReader(llm.tokenizer, params), ""
+    for character in said:
+        ended = generation.append(llm.tokenizer.encode(character, special=False)[-1], None, room=99)
+        delta = reader.read(generation.output)
+        pieces += delta.text if delta is not None else ""
+    assert ended and pieces == generation.output.text == text
 
 
 def test_a_chat_is_streamed_as_it_is_answered(llm: LLM) -> None:

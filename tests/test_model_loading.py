@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from ragged import logits_of
+from safetensors.torch import load_file, save_file
 from test_models import (
     CASE_IDS,
     CASES,
+    GEMMA,
     LLAMA3,
     SLIDING,
     TINY,
+    YARN,
     TransformersWeights,
     expected_logits,
     make_pair,
     make_text,
 )
+from tiny import make_tiny_model
 from torch import Tensor
 
 from headrace.cache.layout import CacheLayout
+from headrace.checkpoint import open_checkpoint
 from headrace.core import InputError, ModelError
 from headrace.kernels import choose_kernels
 from headrace.model import ModelSettings, load_model
 from headrace.model.config import RopeSpec
 from headrace.model.loading import FAMILIES, read_config
 from headrace.model.rope import rope_frequencies
+
+CPU = choose_kernels("reference", "cpu")
+LINEAR_BY_2 = {"rope_type": "linear", "factor": 2.0}
+KIND_BASES = {"full_attention": 500.0, "sliding_attention": 70.0}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +77,13 @@ from headrace.model.rope import rope_frequencies
             {"rope_parameters": {"rope_type": "linear"}},
             "rope scaling 'linear' needs a number above 0 for 'factor', found None",
         ),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, r"unsupported rope scaling \['yarn'\]"),
+        ({"hidden_act": ["x"]}, r"unsupported activation \['x'\]"),
+        ({"num_hidden_layers": 10**12}, r"says 1e\+12 for 'num_hidden_layers'; more than 16,777,216 is not supported"),
+        ({"max_position_embeddings": 10**12}, r"says 1e\+12 for 'max_position_embeddings'"),
+        ({"head_dim": 10**12}, r"says 1e\+12 for 'head_dim'"),
+        ({"rope_parameters": YARN | {"factor": 1e300}}, r"says 6.4e\+301 for 'max_position_embeddings'"),
+        ({"model_type": "mistral", "layer_types": 3}, "needs a list for 'layer_types', found 3"),
         ({"intermediate_size": 81}, r"gate_proj.weight has shape \[80, 48\]; its config needs \[81, 48\]"),
         ({"num_hidden_layers": 4}, "lacks the tensor model.layers.3"),
     ],
@@ -110,6 +129,76 @@ def test_weights_that_say_nothing_new_are_passed_over() -> None:
     weights.state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     model, tokens = load_model(weights, kernels, ModelSettings()), make_text(9)
     torch.testing.assert_close(logits_of(model, tokens, [9]), expected_logits(oracle, tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_its_own_is_taken_whatever_the_config_says(dtype: torch.dtype, tmp_path: Path) -> None:
+    """transformers ties only where both hold the same numbers."""
+    folder = make_tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    head = (weights["model.embed_tokens.weight"].flip(0) * 0.5).to(dtype)
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    check_folder(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Logits of transformers' own reading of the folder."""
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_model(open_checkpoint(folder), choose_kernels("reference", "cpu"), ModelSettings())
+    tokens = make_text(40, vocabulary=300)
+    torch.testing.assert_close(logits_of(model, tokens, [40]), expected_logits(oracle, tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_folders_saved_without_the_head_lack_a_prefix(tmp_path: Path) -> None:
+    """AutoModel and sentence-transformers save `layers.0...` for `model.layers.0...`."""
+    folder = make_tiny_model(tmp_path / "model")
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)
+    assert "embed_tokens.weight" in load_file(folder / "model.safetensors")
+    check_folder(folder)
+
+
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 777.0}])
+def test_an_older_scaling_counts_beside_the_newer_parameters(theta: dict[str, float], tmp_path: Path) -> None:
+    both = {"rope_scaling": LINEAR_BY_2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    folder = make_tiny_model(tmp_path / "model", **both)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(config | theta))
+    check_folder(folder)
+
+
+def test_gemma_lays_an_older_scaling_over_its_global_layers() -> None:
+    kinds = {name: {"rope_type": "default", "rope_theta": base} for name, base in KIND_BASES.items()}
+    config = TINY | GEMMA | {"model_type": "gemma3_text", "rms_norm_eps": 1e-6, "rope_parameters": kinds}
+    both = config | {"rope_scaling": LINEAR_BY_2}
+    rope, local = read_config(both).ropes
+    # Only now: transformers writes into what it is given.
+    oracle = transformers.Gemma3TextConfig(**both).rope_parameters
+    assert (rope.base, rope.scaling["factor"]) == (500.0, 2.0)
+    assert (rope.base, local.base) == (
+        oracle["full_attention"]["rope_theta"],
+        oracle["sliding_attention"]["rope_theta"],
+    )
+    assert oracle["full_attention"]["factor"] == 2.0 and "factor" not in {
+        **oracle["sliding_attention"],
+        **local.scaling,
+    }
+
+
+def test_yarn_stretches_a_context_that_the_config_keeps_as_trained() -> None:
+    """Qwen's model cards add the scaling and leave max_position_embeddings alone; others write the stretched length."""
+    kept = TINY | {"model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_parameters": YARN}
+    assert [read_config(kept | {"max_position_embeddings": most}).context_length for most in (64, 256, 512)] == [
+        256,
+        256,
+        512,
+    ]
+    linear = kept | {"rope_parameters": LINEAR_BY_2, "max_position_embeddings": 64}
+    assert read_config(linear).context_length == 64
+    oracle, _ = make_pair("Qwen3", {"rope_parameters": YARN, "max_position_embeddings": 64}, CPU)
+    model = load_model(TransformersWeights(oracle), CPU, ModelSettings(max_context=200))
+    tokens = make_text(200)
+    torch.testing.assert_close(logits_of(model, tokens, [200]), expected_logits(oracle, tokens), atol=1e-4, rtol=1e-4)
 
 
 def test_every_family_has_a_case() -> None:

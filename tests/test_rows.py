@@ -363,6 +363,22 @@ def test_a_last_message_can_be_continued(tokenizer: Tokenizer) -> None:
     assert str(draft.prompt).endswith("<|im_start|>assistant\nOne, two,")
 
 
+@pytest.mark.parametrize("last", ["<", "end", "n", "|", "\n<|im_end|>"])
+def test_a_last_message_is_continued_though_the_template_writes_it_too(tokenizer: Tokenizer, last: str) -> None:
+    messages = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": f"{last} "}]
+    draft = read(tokenizer, chat(messages=messages, continue_final_message=True))
+    assert str(draft.prompt).endswith(f"<|im_start|>user\nCount<|im_end|>\n<|im_start|>assistant\n{last}")
+
+
+@pytest.mark.parametrize("change", ["upper", "truncate(9, True, '', 0)"])
+def test_a_last_message_that_the_template_changes_cannot_be_continued(tokenizer: Tokenizer, change: str) -> None:
+    template = (tokenizer.chat_template or "").replace("message['content']", f"message['content'] | {change}")
+    changing = Tokenizer(tokenizer.backend, tokenizer.eos_token_ids, template)
+    messages = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "one, two, three"}]
+    with pytest.raises(RowError, match="so it cannot be continued"):
+        read(changing, chat(messages=messages, continue_final_message=True))
+
+
 @pytest.mark.parametrize(("unknown", "warnings"), [("warn", ("body.audio: not supported, ignored",)), ("ignore", ())])
 def test_unknown_fields_can_be_let_through(tokenizer: Tokenizer, unknown: Unknown, warnings: tuple[str, ...]) -> None:
     assert read(tokenizer, chat(audio={"a": 1}), unknown).warnings == warnings

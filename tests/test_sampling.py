@@ -41,6 +41,13 @@ def test_greedy_takes_the_likeliest(tokenizer: Tokenizer) -> None:
     assert choose(logits, [make_generation(tokenizer)] * 4) == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-50, 1e-38, 1e-6])
+@pytest.mark.parametrize("params", [{}, {"top_k": 7}, {"top_p": 0.3}, {"min_p": 0.2}])
+def test_hardly_any_temperature_is_none(tokenizer: Tokenizer, temperature: float, params: dict[str, Any]) -> None:
+    logits = torch.randn(VOCABULARY).clamp(max=2)  # several are the likeliest
+    assert set(drawn_tokens(tokenizer, logits, temperature=temperature, **params)) == {int(logits.argmax())}
+
+
 @pytest.mark.parametrize(
     "params",
     [

@@ -190,6 +190,27 @@ def test_a_completion_streams(assistant: openai.OpenAI) -> None:
     assert "".join(event.choices[0].text for event in stream) == plain.choices[0].text
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_echo_alone_generates_nothing_and_counts_the_prompt(client: httpx.Client, streamed: bool) -> None:
+    body = {"prompt": [5, 6, 7, 8], "max_tokens": 0, "echo": True, "n": 2}
+    if not streamed:
+        found = client.post("/v1/completions", json=body).json()
+        choices, usage = found["choices"], found["usage"]
+    else:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        lines = [line for line in client.post("/v1/completions", json=body).text.splitlines() if line]
+        assert lines.pop() == "data: [DONE]"
+        *events, last = (json.loads(line.removeprefix("data: ")) for line in lines)
+        assert all(event["usage"] is None for event in events) and last["choices"] == []
+        choices, usage = [choice for event in events for choice in event["choices"]], last["usage"]
+    text = client.post("/detokenize", json={"tokens": body["prompt"]}).json()["prompt"]
+    assert [(choice["index"], choice["text"], choice["finish_reason"]) for choice in choices] == [
+        (0, text, "length"),
+        (1, text, "length"),
+    ]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (4, 0, 4)
+
+
 def test_embeddings_are_those_of_the_model(assistant: openai.OpenAI, client: httpx.Client, tiny_model: Path) -> None:
     texts = ["The wheel turns", "Water comes down the headrace"]
     with LLM(str(tiny_model), precision="fp32", block_size=16, kv_cache_bytes=4 << 20, threads=1) as llm:
@@ -242,6 +263,7 @@ def test_small_routes_answer(client: httpx.Client, assistant: openai.OpenAI) -> 
         ({"messages": ASK, "colour": "red"}, 400, "unknown_field", None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "unsupported_content", None),
         ({"messages": ASK, "stream": "yes"}, 400, "invalid_value", "stream"),
+        ({"messages": ASK, "stream": True, "stream_options": {"pace": 1}}, 400, "unknown_field", "stream_options.pace"),
         ({"messages": ASK, "logit_bias": {"999999": 1}}, 400, "token_range", None),
         (
             {"messages": ASK, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
@@ -257,6 +279,24 @@ def test_what_is_wrong_is_said(client: httpx.Client, body: Any, status: int, cod
     assert (answer.status_code, error["code"]) == (status, code), error
     assert param is None or error["param"] == param
     assert answer.headers["x-request-id"]
+
+
+def test_unknown_fields_are_warned_of_where_that_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    flags = ("--unknown-fields", "warn", "--data", str(tmp_path / "data"))
+    with serving(tiny_model, *flags) as server, server.client() as client:
+        found = client.post("/v1/embeddings", json={"input": "Water", "colour": "red"}).json()
+        assert len(found["data"]) == 1 and found["warnings"] == ["colour: not supported, ignored"]
+        assert "warnings" not in client.post("/v1/embeddings", json={"input": "Water"}).json()
+        body = {"prompt": "Water", "max_tokens": 1, "stream": True, "stream_options": {"pace": 1}}
+        event = json.loads(client.post("/v1/completions", json=body).text.splitlines()[0].removeprefix("data: "))
+        assert event["warnings"] == ["stream_options.pace: not supported, ignored"]
+
+
+def test_null_stream_options_are_absent(client: httpx.Client) -> None:
+    for options in (None, {"include_usage": None}):
+        body = {"prompt": "Water", "max_tokens": 1, "stream": True, "stream_options": options}
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200 and "usage" not in answer.text
 
 
 def test_unknown_paths_and_methods_are_errors_in_openai_s_form(client: httpx.Client) -> None:
@@ -293,6 +333,17 @@ def test_a_client_that_leaves_frees_its_work(server: RunningServer, client: http
         next(answer.iter_lines())
         raise InterruptedError
     assert wait_until_idle(client)["kv_used_bytes"] == 0
+
+
+def test_requests_are_counted_whatever_answers_they_have(client: httpx.Client) -> None:
+    wait_until_idle(client)
+    body = {"messages": ASK, "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 3}
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        next(lines := answer.iter_lines())
+        now = client.get("/stats").json()["now"]
+        list(lines)
+    assert (now["running"], now["waiting"]) == (1, 0)
+    wait_until_idle(client)
 
 
 def wait_for_line(server: RunningServer, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 from batch_app import batches_of, open_client, start_batch, upload, watch
@@ -96,6 +97,23 @@ def test_files_are_their_owners(client: TestClient) -> None:
 def test_what_cannot_be_a_file(client: TestClient, fields: dict[str, str], status: int, param: str) -> None:
     answer = client.post("/v1/files", files={"file": ("a", b"x")}, data=fields)
     assert answer.status_code == status and answer.json()["error"]["param"] == param
+
+
+def send_form(client: TestClient, charset: str, *heads: str) -> httpx.Response:
+    """A form of parts with these headers, in a charset of the client's choice."""
+    kind = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
+    parts = (f"--b\r\nContent-Disposition: form-data; {head}\r\n\r\nbatch\r\n" for head in heads)
+    return client.post("/v1/files", content="".join([*parts, "--b--\r\n"]).encode(), headers=kind)
+
+
+def test_names_that_no_utf_8_can_spell(client: TestClient) -> None:
+    purpose, half = 'name="purpose"', r"a\ud800"
+    kept = send_form(client, "unicode_escape", purpose, f'name="file"; filename="{half}"')
+    assert kept.status_code == 200 and kept.json()["filename"] == "a?"
+    wrong = send_form(client, "unicode_escape", purpose, f'name="{half}"')
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "a?"
+    unread = send_form(client, "undefined", purpose)
+    assert unread.status_code == 400 and unread.json()["error"]["code"] == "invalid_form"
 
 
 def test_forms_that_cannot_be_read(client: TestClient) -> None:

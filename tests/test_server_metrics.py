@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+from jobs import engine_options
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -17,7 +19,11 @@ from starlette.testclient import TestClient
 
 from headrace.core import InputError
 from headrace.meter.counters import StoreCounts
+from headrace.options import SamplingOptions, ServeOptions
+from headrace.server.app import build_app
 from headrace.server.metrics import EngineSnapshot, HttpMetrics, Metrics
+from headrace.server.models import Models
+from headrace.server.service import Service
 from headrace.server.tracing import NoTracer, RequestTrace, SpanTracer, describe_trace, open_tracer
 
 STORE = StoreCounts(bytes_written=70, bytes_read=50, blocks_refused=1, tokens_restored=64)
@@ -150,10 +156,23 @@ def test_paths_are_patterns(around: bool) -> None:
         ("GET", "other", "404"): 1,
         ("other", "/v1/batches/{batch_id}", "405"): 1,
     }
-    # The answer to a fault is given outside of an application's own middlewares.
+    # Where an application's own middlewares leave a fault to Starlette, it is answered outside of them.
     if not around:
         del expected["POST", "/v1/batches/{batch_id}/cancel", "500"]
     assert counted == expected
+
+
+def test_a_fault_is_counted_and_has_an_id(tiny_model: Path, tmp_path: Path) -> None:
+    options = ServeOptions(data=str(tmp_path))
+    service = Service(options, SamplingOptions(), Models(engine_options(tiny_model), options))
+    del service.stats.history  # so that /stats cannot be told
+    client = TestClient(build_app(service), base_url="http://localhost", raise_server_exceptions=False)
+    answer = client.get("/stats", headers={"X-Request-Id": "mine"})
+    assert answer.status_code == 500 and answer.headers["x-request-id"] == "mine"
+    assert answer.json()["error"]["message"].endswith("under mine")
+    counted = value(read(service.metrics), "http_requests_total", path="/stats", method="GET", status="500")
+    service.batches.store.close()
+    assert counted == 1
 
 
 def test_the_board_shows_metrics_that_exist() -> None:

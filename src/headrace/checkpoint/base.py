@@ -28,8 +28,8 @@ class Checkpoint(Protocol):
     """Weights, configuration and tokenizer of one model, in Hugging Face's names and layout.
 
     `config` has the names and shape of Hugging Face's config.json of a text model, whatever the file's own metadata.
-    One name is ours: `rope_scaling = {"rope_type": "factors", "factors": [...]}` with head_dim / 2 numbers, each the
-    divisor of one rotary frequency (how GGUF stores Llama 3's scaling).
+    Two names are GGUF's: `rope_scaling = {"rope_type": "factors", "factors": [...]}` with head_dim / 2 numbers, each
+    the divisor of one rotary frequency (how it stores Llama 3's scaling), and `pooling_type`, llama.cpp's number.
     """
 
     @property

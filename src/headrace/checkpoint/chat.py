@@ -16,11 +16,11 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from headrace.checkpoint.sandbox import MAX_SIZE, TemplateEnvironment, check_size
 from headrace.core import RowError
 
-MAX_PROMPT_CHARACTERS = 16 * 2**20
+MAX_PROMPT_CHARACTERS = MAX_SIZE
 
 
 class GenerationTag(Extension):
@@ -31,21 +31,6 @@ class GenerationTag(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, which also refuses to build huge texts and numbers by * and **."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            text, count = (left, right) if isinstance(left, Sequence) else (right, left)
-            if isinstance(text, Sequence) and isinstance(count, int) and len(text) * count > MAX_PROMPT_CHARACTERS:
-                raise jinja2.TemplateError("the template repeats a text too often")
-        elif isinstance(right, int | float) and abs(right) > 64:
-            raise jinja2.TemplateError("the template raises to too high a power")
-        return super().call_binop(context, operator, left, right)
 
 
 def raise_exception(message: str) -> NoReturn:
@@ -65,6 +50,7 @@ def to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON without jinja2's escaping of HTML, as transformers gives it."""
+    check_size(indent or 0)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

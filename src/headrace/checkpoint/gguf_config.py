@@ -96,6 +96,8 @@ def translate_config(header: GgufHeader, rope_factors: Sequence[float] | None) -
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": header.metadata.get("tokenizer.ggml.eos_token_id"),
     }
+    if metadata.get("pooling_type") is not None:
+        config["pooling_type"] = metadata.get("pooling_type")
     if metadata.architecture == "gemma3":
         return config | translate_gemma3(metadata, config)
     if metadata.architecture == "llama" and metadata.get("attention.sliding_window"):

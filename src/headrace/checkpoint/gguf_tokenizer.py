@@ -20,6 +20,8 @@ from headrace.core import ModelError
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 MARK = "\u2581"
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>")
+# Longer than any trained piece; the time to find a piece's merges grows with the square of its length.
+MOST_CHARACTERS = 1024
 SPECIAL_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -170,6 +172,9 @@ def build_sentencepiece(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     tokens, scores = vocabulary.tokens, vocabulary.numbers("scores")
     if len(scores) != len(tokens):
         raise vocabulary.fail("its list of scores is damaged; fetch the file again")
+    longest = max(map(len, tokens), default=0)
+    if longest > MOST_CHARACTERS:
+        raise vocabulary.fail(f"it has a piece of {longest:,} characters; {MOST_CHARACTERS:,} are supported")
     if vocabulary.header.metadata.get("general.architecture") == "gemma3":
         tokens = [MARK * len(token) if token and not token.strip(" ") else token for token in tokens]
         scores = range(0, -len(tokens), -1)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken
 
 from headrace.checkpoint.base import Blocks
 from headrace.checkpoint.hashes import hash_files
@@ -64,6 +65,9 @@ class SafetensorsCheckpoint:
                 places[WRAPPED[prefix] + name.removeprefix(prefix)] = (file, name)
             elif not wrapped or name.startswith("lm_head."):
                 places[name] = (file, name)
+        if "embed_tokens.weight" in places and "model.embed_tokens.weight" not in places:
+            # Saved from the model without its head, as embedding models are: only the head is outside "model.".
+            places = {name if name.startswith("lm_head.") else f"model.{name}": each for name, each in places.items()}
         return places
 
     def names(self) -> frozenset[str]:
@@ -98,7 +102,11 @@ class SafetensorsCheckpoint:
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"{path}: not a tokenizer that can be read: {error}; fetch the file again") from error
         settings = read_optional_json(self.path / "tokenizer_config.json")
+        if "added_tokens_decoder" not in settings:
+            # Older files keep apart what newer ones have here; what they say comes first, as in transformers.
+            settings = settings | read_optional_json(self.path / "special_tokens_map.json")
         special = {name: text for name in SPECIAL_NAMES if (text := read_token(settings.get(name))) is not None}
+        add_tokens(backend, list_added_tokens(self.path, settings, set(special.values())), self.path)
         return Tokenizer(backend, self._find_end_tokens(backend, special), self._read_template(settings), special)
 
     def hash(self) -> str:
@@ -109,10 +117,12 @@ class SafetensorsCheckpoint:
         named = read_optional_json(self.path / "generation_config.json").get("eos_token_id")
         if named is None:
             named = self.config.get("eos_token_id")
-        found = set(named) if isinstance(named, list) else {named}
+        found = named if isinstance(named, list) else [named]
+        if not all(token is None or isinstance(token, int) for token in found):
+            raise ModelError(f"{self.path}: eos_token_id must be a token's number or a list of them, found {named!r}")
         if "eos_token" in special:
-            found.add(backend.token_to_id(special["eos_token"]))
-        return {token for token in found if isinstance(token, int)}
+            found = [*found, backend.token_to_id(special["eos_token"])]
+        return {token for token in found if token is not None}
 
     def _read_template(self, settings: dict[str, Any]) -> str | None:
         file = self.path / "chat_template.jinja"
@@ -148,6 +158,32 @@ def read_token(value: Any) -> str | None:
     """A special token's text, which older files wrap in a dictionary."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
+
+
+def list_added_tokens(folder: Path, settings: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
+    """Tokens with their numbers that a folder names outside tokenizer.json. Raises ModelError for a damaged list."""
+    named = settings.get("added_tokens_decoder")
+    if named is None:
+        added = read_optional_json(folder / "added_tokens.json")
+        named = {number: {"content": text, "special": text in special} for text, number in added.items()}
+    try:
+        return {int(number): AddedToken(**fields) for number, fields in named.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder}: its list of added tokens is damaged ({error}); fetch the folder again") from error
+
+
+def add_tokens(backend: tokenizers.Tokenizer, added: dict[int, AddedToken], folder: Path) -> None:
+    """Make one token each of those that the backend would cut up. Raises ModelError where their numbers do not fit."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for number, token in sorted(added.items(), key=lambda each: each[0]):
+        if token.content not in known:
+            backend.add_tokens([token])
+            found = backend.token_to_id(token.content)
+            if found != number:
+                raise ModelError(
+                    f"{folder}: token {token.content!r} has number {number}, and after tokenizer.json it would be "
+                    f"{found}; save the tokenizer again (transformers: AutoTokenizer, save_pretrained)"
+                )
 
 
 def unwrap_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ __all__ = ["ModelListing", "list_models", "pull", "resolve"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "modules.json", "*_Pooling/config.json"]
+# The same weights once more, in their makers' own layout; other folders hold other models.
+HUB_REPEATS = ["consolidated*", "*/*.safetensors*"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ def fetch_from_hub(model: str) -> Path:
             f"model {model!r} is no folder here, and hub ids need an extra: pip install 'headrace[hub]'"
         ) from error
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_REPEATS))
     except Exception as error:  # the library raises its own, its HTTP client's and the system's errors
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"model {model!r} is no folder here, and the hub does not give it: {reason[0]}") from error

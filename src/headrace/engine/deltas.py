@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headrace.checkpoint import Tokenizer
@@ -25,7 +24,8 @@ class DeltaReader:
     """Reads one continuation again and again while it grows: the texts of all deltas joined are its final text."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._stops = params.stop
+        self._stops = [StopBeginning(stop) for stop in params.stop]
+        self._seen = 0
         self._stream = tokenizer.open_stream(params.skip_special_tokens)
         self._tokens = 0
         self._characters = 0
@@ -49,17 +49,37 @@ class DeltaReader:
             return output.text[self._characters :]
         if self._stops:
             # The engine keeps the text itself, to look for stops in it.
-            end = len(output.text) - count_held(output.text, self._stops)
-            return output.text[self._characters : end]
+            for stop in self._stops:
+                stop.read(output.text[self._seen :])
+            self._seen = len(output.text)
+            return output.text[self._characters : self._seen - max(stop.length for stop in self._stops)]
         return "".join(map(self._stream.push, new))
 
 
-def count_held(text: str, stops: Iterable[str]) -> int:
-    """How many characters at the end of a text may turn out to be the beginning of a stop string."""
-    longest = 0
-    for stop in stops:
-        for length in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:length]):
-                longest = length
-                break
-    return longest
+class StopBeginning:
+    """How many characters at the end of a growing text may turn out to be the beginning of a stop string: `length`.
+
+    The search of Knuth, Morris and Pratt, whose work grows as the text does, however long the stop string is.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.length = 0
+        self._stop = stop
+        # By length, for the beginnings met so far: the longest shorter beginning with which each of them ends.
+        self._shorter = [0, 0]
+
+    def read(self, text: str) -> None:
+        """Go on over what the text has gained."""
+        for character in text:
+            self.length = self._extend(self.length, character)
+            if self.length == len(self._shorter):
+                self._shorter.append(self._extend(self._shorter[-1], self._stop[self.length - 1]))
+            if self.length == len(self._stop):
+                # It stands there whole, and the engine went on: nothing of it is to be held for its own sake.
+                self.length = self._shorter[self.length]
+
+    def _extend(self, length: int, character: str) -> int:
+        """The longest beginning with which a text ends that ended with one of `length` before this character."""
+        while length and self._stop[length] != character:
+            length = self._shorter[length]
+        return length + (self._stop[length] == character)

@@ -44,7 +44,6 @@ class Generation:
         name = f"{seed}\0{sequence.request.id}" if params.seed is None else f"{params.seed}\0"
         self._key = blake2b(f"{name}\0{sequence.index}".encode(), digest_size=32).digest()
         self._stream = tokenizer.open_stream(params.skip_special_tokens) if params.stop else None
-        self._longest_stop = max(map(len, params.stop), default=0)
 
     def draw_uniform(self) -> float:
         """The next number of this continuation's own random sequence, in [0, 1)."""
@@ -102,10 +101,14 @@ class Generation:
         self._finish("abort", None)
 
     def _find_stop(self, new_text: str) -> tuple[int, str] | None:
-        """Add text; where the first stop string now stands in it, token borders or not. Only the tail is searched."""
-        searched = max(0, len(self.output.text) - self._longest_stop + 1)
+        """Add text; where the first stop string stands in it that ends in what was added, token borders or not.
+
+        Those that ended before were passed over, being too early, and their text may have been sent.
+        """
+        before = len(self.output.text)
         self.output.text += new_text
-        places = ((self.output.text.find(stop, searched), stop) for stop in self.sequence.request.params.stop)
+        stops = self.sequence.request.params.stop
+        places = ((self.output.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in stops)
         return min((place for place in places if place[0] >= 0), default=None)
 
     def _cut(self, at: int, stop: str) -> bool:

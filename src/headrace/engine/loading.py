@@ -36,7 +36,7 @@ from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.state import SchedulerState
 
 # Raised whenever weights are quantised or packed in another way: what lies in the cache folder is then made anew.
-PACKING = 2
+PACKING = 3
 # Raised whenever the bytes of a KV block mean something else: what lies in a kv_dir is then not found any more.
 KEEPING = 4
 

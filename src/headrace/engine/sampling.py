@@ -18,6 +18,8 @@ from headrace.engine.outputs import TokenLogprob
 
 # A nucleus rarely needs more candidates than this; where it does, the row is sorted whole.
 NUCLEUS_CANDIDATES = 1024
+# A row with less is greedy, as in vLLM: 1e-50 is zero in float32, and logits divided by it are no numbers.
+LEAST_TEMPERATURE = 1e-5
 
 Choice = tuple[int, TokenLogprob | None]
 
@@ -79,8 +81,9 @@ def draw(logits: Tensor, generations: Rows[Generation]) -> dict[int, int]:
     """Tokens of the rows that are not greedy, by inverse transform of each row's own uniform number."""
     rows_by_candidates: dict[int, list[int]] = defaultdict(list)
     for row, generation in enumerate(generations):
-        if not generation.sequence.request.params.greedy:
-            rows_by_candidates[count_candidates(generation.sequence.request.params, logits.shape[-1])].append(row)
+        params = generation.sequence.request.params
+        if params.temperature >= LEAST_TEMPERATURE:
+            rows_by_candidates[count_candidates(params, logits.shape[-1])].append(row)
     drawn: dict[int, int] = {}
     for candidates, rows in rows_by_candidates.items():
         probabilities = read_probabilities(logits, rows, generations)

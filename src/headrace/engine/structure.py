@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
+from weakref import WeakValueDictionary
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -35,7 +37,9 @@ class ConstraintCompiler:
         self.vocab_size = vocab_size
         self._vocabulary: LLTokenizer | None = None
         # What is copied for each sequence, or why the constraint cannot be used.
-        self._compiled: OrderedDict[Constraint, LLMatcher | str] = OrderedDict()
+        self._compiled: OrderedDict[Constraint, Grammar | str] = OrderedDict()
+        # What some matcher still has need not be compiled again: a batch brings more grammars than are kept for others.
+        self._held: WeakValueDictionary[Constraint, Grammar] = WeakValueDictionary()
         self._lock = Lock()
 
     @property
@@ -50,19 +54,22 @@ class ConstraintCompiler:
 
     def is_slow(self, constraint: Constraint) -> bool:
         """Whether it may take seconds to compile."""
-        return len(constraint.value) > HARMLESS_CHARACTERS and constraint not in self._compiled
+        known = constraint in self._compiled or constraint in self._held
+        return len(constraint.value) > HARMLESS_CHARACTERS and not known
 
     def open_matcher(self, constraint: Constraint) -> Matcher:
         """A fresh matcher at the start of its grammar. Raises RowError("constraint") for an impossible constraint."""
         check_size(constraint)
         with self._lock:
-            found = self._compiled.get(constraint)
+            found = self._compiled.get(constraint) or self._held.get(constraint)
         # Compiled outside of the lock: a slow grammar must not hold up the requests of others.
         found = found or self._compile(constraint)
         with self._lock:
             self._compiled[constraint] = found
             self._compiled.move_to_end(constraint)
             self._forget()
+            if isinstance(found, Grammar):
+                self._held[constraint] = found
         if isinstance(found, str):
             raise RowError("constraint", found)
         return Matcher(found, self.vocab_size)
@@ -74,23 +81,30 @@ class ConstraintCompiler:
             constraint, _ = self._compiled.popitem(last=False)
             characters -= len(constraint.value)
 
-    def _compile(self, constraint: Constraint) -> LLMatcher | str:
+    def _compile(self, constraint: Constraint) -> Grammar | str:
         try:
-            return compile_constraint(constraint, self.vocabulary)
+            return Grammar(compile_constraint(constraint, self.vocabulary))
         except RowError as error:
             return str(error)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Grammar:
+    """A compiled constraint; llguidance's own class cannot be referred to weakly."""
+
+    prototype: LLMatcher
 
 
 class Matcher:
     """Where one sequence stands in its grammar; a parser of its own from its first token on, for thousands may wait."""
 
-    def __init__(self, prototype: LLMatcher, vocab_size: int) -> None:
-        self._prototype = prototype
+    def __init__(self, grammar: Grammar, vocab_size: int) -> None:
+        self._grammar = grammar
         self._vocab_size = vocab_size
 
     @cached_property
     def _matcher(self) -> LLMatcher:
-        return self._prototype.deep_copy()
+        return self._grammar.prototype.deep_copy()
 
     @cached_property
     def _mask(self) -> NDArray[np.int32]:

@@ -7,6 +7,7 @@ A field that is null counts as absent, as in OpenAI's API.
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -31,7 +32,7 @@ Unknown = Literal["error", "warn", "ignore"]
 # They cannot change what is answered, so taking them as read drops nothing.
 NO_EFFECT = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "stream_options", "priority", "cache_salt", "request_id",
+    "prompt_cache_options", "priority", "cache_salt", "request_id",
 )  # fmt: skip
 # Known fields whose other values Headrace cannot do, with the values that ask for nothing.
 HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -109,9 +110,7 @@ class BodyReader:
         fields.ignore("echo", (False,))
         messages, shown = self.format.prepare(messages, tools)
         settings |= {"add_generation_prompt": generation} | ({"tools": shown} if shown else {})
-        text = render_chat(self.tokenizer, messages, **settings)
-        if unfinished:
-            text = cut_after_last(text, messages)
+        text = (render_unfinished if unfinished else render_chat)(self.tokenizer, messages, **settings)
         special = fields.switch("add_special_tokens") or False
         draft = replace(draft, prompt=text, params=params, special=special, own_max_tokens=own)
         return draft if tools is None or not tools.shown else self._equip(draft, tools)
@@ -156,6 +155,10 @@ class BodyReader:
         fields.ignore("parallel_tool_calls", (True, False))
         for name in NO_EFFECT:
             fields.take(name)
+        options = Fields(fields.mapping("stream_options") or {}, f"{fields.prefix}stream_options.", parent=fields)
+        options.take("include_usage")
+        options.ignore("include_obfuscation", (False,))
+        options.report()
         if not used:
             return self.defaults, False
         try:
@@ -245,10 +248,13 @@ def read_bias(biases: Mapping[str, Any] | None, path: str) -> dict[int, float] |
     return read
 
 
-def cut_after_last(text: str, messages: list[dict[str, Any]]) -> str:
+def render_unfinished(tokenizer: Tokenizer, messages: list[dict[str, Any]], **settings: Any) -> str:
     """The rendered conversation up to the end of its last message, which the model is to continue."""
-    last = str(messages[-1]["content"]).strip()
-    place = text.rfind(last)
-    if not last or place < 0:
+    last = str(messages[-1]["content"] or "").rstrip()
+    # A message may be found again in what the template writes after it; this is found at its end only.
+    mark = secrets.token_hex(16)
+    text = render_chat(tokenizer, [*messages[:-1], messages[-1] | {"content": last + mark}], **settings)
+    text, found, _ = text.rpartition(mark)
+    if not last or not found or not text.endswith(last.lstrip()):
         raise RowError("chat_template", "the chat template changes the last message, so it cannot be continued")
-    return text[: place + len(last)]
+    return text

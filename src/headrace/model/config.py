@@ -18,6 +18,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_tanh": "gelu_tanh",
 }
 LAYER_KINDS = ("full_attention", "sliding_attention")
+# More than any model has of anything; a damaged config must not fill the memory before its tensors are looked at.
+MOST = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,18 @@ def read_whole(config: Config, name: str) -> int:
     return int(value)
 
 
+def read_size(config: Config, name: str) -> int:
+    """A whole number above 0 that memory is laid out by. Raises ModelError naming the field."""
+    return check_size(read_whole(config, name), name)
+
+
+def check_size(value: int, name: str) -> int:
+    """The number itself. Raises ModelError, naming the field, where it is larger than any model's."""
+    if value > MOST:
+        raise ModelError(f"the model's config says {value:.3g} for {name!r}; more than {MOST:,} is not supported")
+    return value
+
+
 def read_number(config: Config, name: str) -> float:
     """A number above 0 that the config must have. Raises ModelError naming the field."""
     value = config.get(name)
@@ -91,28 +105,28 @@ def read_optional(config: Config, name: str) -> float | None:
 
 def read_shapes(config: Config) -> dict[str, Any]:
     """The fields that every family has under the same names, as keywords of ModelConfig, full attention everywhere."""
-    hidden, heads = read_whole(config, "hidden_size"), read_whole(config, "num_attention_heads")
-    kv_heads = heads if config.get("num_key_value_heads") is None else read_whole(config, "num_key_value_heads")
-    layers = read_whole(config, "num_hidden_layers")
+    hidden, heads = read_size(config, "hidden_size"), read_size(config, "num_attention_heads")
+    kv_heads = heads if config.get("num_key_value_heads") is None else read_size(config, "num_key_value_heads")
+    layers = read_size(config, "num_hidden_layers")
     if heads % kv_heads:
         raise ModelError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
     if config.get("head_dim") is None and hidden % heads:
         raise ModelError(f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) without head_dim")
-    head_size = hidden // heads if config.get("head_dim") is None else read_whole(config, "head_dim")
+    head_size = hidden // heads if config.get("head_dim") is None else read_size(config, "head_dim")
     if head_size % 2:
         raise ModelError(f"head_dim ({head_size}) must be even")
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ModelError(f"unsupported activation {activation!r}; supported are {', '.join(ACTIVATIONS)}")
     return {
-        "vocab_size": read_whole(config, "vocab_size"),
+        "vocab_size": read_size(config, "vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": read_whole(config, "intermediate_size"),
+        "intermediate_size": read_size(config, "intermediate_size"),
         "layers": layers,
         "heads": heads,
         "kv_heads": kv_heads,
         "head_size": head_size,
-        "context_length": read_whole(config, "max_position_embeddings"),
+        "context_length": read_size(config, "max_position_embeddings"),
         "norm_eps": read_number(config, "rms_norm_eps"),
         "windows": (None,) * layers,
         "ropes": (read_rope(config),),
@@ -126,9 +140,10 @@ def read_shapes(config: Config) -> dict[str, Any]:
 def read_rope(config: Config, kind: str | None = None, base_field: str = "rope_theta") -> RopeSpec:
     """Base and scaling, in the older shape (rope_theta, rope_scaling) or the newer (rope_parameters, by layer kind).
 
-    Raises ModelError for what is in neither shape, and for heads that are rotated in part only.
+    Where a config has both, the older counts alone, as in transformers: people add it to stretch the context. Raises
+    ModelError for what is in neither shape, and for heads that are rotated in part only.
     """
-    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     scaling = config.get(field) or {}
     if kind is not None and isinstance(scaling, Mapping) and scaling.get(kind) is not None:
         scaling = scaling[kind]
@@ -160,6 +175,8 @@ def read_windows(config: Config, layers: int, window: int | None) -> tuple[int |
     kinds = config.get("layer_types")
     if kinds is None:
         return (window,) * layers
+    if not isinstance(kinds, list | tuple):
+        raise ModelError(f"the model's config needs a list for 'layer_types', found {kinds!r}")
     if len(kinds) != layers:
         raise ModelError(f"layer_types lists {len(kinds)} layers and num_hidden_layers is {layers}")
     for kind in kinds:

@@ -39,7 +39,7 @@ def read_config(config: Config) -> ModelConfig:
         **shapes
         | {
             "windows": windows,
-            "ropes": (read_rope(config, "full_attention"), read_local_rope(config)),
+            "ropes": (read_global_rope(config), read_local_rope(config)),
             "rope_of_layer": tuple(int(window is not None) for window in windows),
             "query_scale": read_number(config, "query_pre_attn_scalar") ** -0.5,
         },
@@ -54,7 +54,16 @@ def read_config(config: Config) -> ModelConfig:
     )
 
 
+def read_global_rope(config: Config) -> RopeSpec:
+    """Where a config has both shapes, the older is laid over the newer's part for these layers, as in transformers."""
+    older, newer = config.get("rope_scaling"), config.get("rope_parameters")
+    if older and newer:
+        joined = dict(newer.get("full_attention") or {}) | dict(older)
+        config = dict(config) | {"rope_parameters": {"full_attention": joined}, "rope_scaling": None}
+    return read_rope(config, "full_attention")
+
+
 def read_local_rope(config: Config) -> RopeSpec:
     """Sliding-window layers: base 10,000 where the config does not say; long-context scaling is for global layers."""
     local = (config.get("rope_parameters") or {}).get("sliding_attention") or {"rope_type": "default"}
-    return read_rope(dict(config) | {"rope_parameters": local}, base_field="rope_local_base_freq")
+    return read_rope(dict(config) | {"rope_parameters": local, "rope_scaling": None}, base_field="rope_local_base_freq")

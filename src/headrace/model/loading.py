@@ -15,9 +15,9 @@ from torch import Tensor
 from headrace.core import InputError, ModelError
 from headrace.kernels.base import HeadSpec, Kernels
 from headrace.kernels.matrix import Activation, Matrix
-from headrace.model.config import ModelConfig
+from headrace.model.config import ModelConfig, check_size
 from headrace.model.decoder import Layer, Model
-from headrace.model.rope import rope_frequencies
+from headrace.model.rope import rope_frequencies, stretched_context
 from headrace.options import PrecisionName
 from headrace.quant import FORMATS, Linear
 from headrace.quant.packed import PackedFile
@@ -92,7 +92,8 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     result: ModelConfig = module.read_config(config)
     for rope in result.ropes:
         rope_frequencies(rope, result.head_size)
-    return result
+    context = int(max(result.context_length, *map(stretched_context, result.ropes)))
+    return replace(result, context_length=check_size(context, "max_position_embeddings"))
 
 
 def limit_context(config: ModelConfig, most: int | None) -> ModelConfig:
@@ -184,8 +185,15 @@ class _Loader:
             return known
         config = self.config
         shape = config.vocab_size, config.hidden_size
-        weight = embedding if config.tied else self.read("lm_head.weight", shape).to(self.device)
+        weight = embedding if self._is_tied() else self.read("lm_head.weight", shape).to(self.device)
         return self._pack("lm_head", [self.format.head.store(weight)], None, None)
+
+    def _is_tied(self) -> bool:
+        """A stored head with numbers of its own is not tied whatever the config says, as in transformers."""
+        if not self.config.tied or "lm_head.weight" not in self.names:
+            return self.config.tied
+        head, embedding = self.weights.tensor("lm_head.weight"), self.weights.tensor("model.embed_tokens.weight")
+        return head.dtype == embedding.dtype and torch.equal(head, embedding)
 
     def _store(self, name: str, shape: tuple[int, int]) -> Matrix:
         """A weight in the format: the checkpoint's own blocks if it takes them."""

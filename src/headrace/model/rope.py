@@ -34,9 +34,17 @@ def rope_frequencies(spec: RopeSpec, head_size: int) -> tuple[Tensor, float]:
     kind = spec.scaling["rope_type"]
     if kind == "default":
         return frequencies, 1.0
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ModelError(f"unsupported rope scaling {kind!r}; supported are default, {', '.join(SCALINGS)}")
     return SCALINGS[kind](frequencies, spec, head_size)
+
+
+def stretched_context(spec: RopeSpec) -> float:
+    """Tokens that YaRN stretches the trained context to, 0 for other kinds: Qwen's configs with YaRN keep
+    max_position_embeddings at what the model was trained for."""
+    if spec.scaling["rope_type"] != "yarn" or spec.scaling.get("factor") is None:
+        return 0
+    return read_factor(spec.scaling, "factor") * read_factor(spec.scaling, "original_max_position_embeddings")
 
 
 def read_factor(scaling: Scaling, name: str, default: float | None = None) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -54,7 +55,6 @@ def build_app(service: Service) -> Starlette:
             HTTPException: answer_http_exception,
             ClientGone: answer_gone,
             ClientDisconnect: answer_gone,
-            Exception: answer_fault,
         },
         lifespan=live,
     )
@@ -90,6 +90,8 @@ def make_middleware(service: Service) -> list[Middleware]:
     """From the outside in."""
     options = service.options
     layers = [Middleware(RequestIds), Middleware(AccessLog), Middleware(HttpMetrics, metrics=service.metrics)]
+    # As an exception handler of the application it would answer outside of these, without an id and uncounted.
+    layers.append(Middleware(ServerErrorMiddleware, handler=answer_fault))
     if is_loopback(options.host):
         layers.append(Middleware(HostCheck))
     if options.origin:
@@ -114,8 +116,9 @@ async def live(app: Starlette) -> AsyncIterator[None]:
     finally:
         for task in tasks:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(ended, Exception):
+                LOG.error("what runs beside the requests had failed", exc_info=ended)
         await run_in_threadpool(service.batches.close)
         await service.models.close()
         await run_in_threadpool(service.observer.tracer.close)

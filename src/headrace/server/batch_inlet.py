@@ -14,8 +14,9 @@ from queue import Empty, SimpleQueue
 
 from headrace.core import HeadraceError, Request, RowError
 from headrace.engine.outputs import RequestOutput
+from headrace.engine.structure import Matcher
 from headrace.meter.stopwatch import Stopwatch
-from headrace.server.worker import CLOSED, Worker
+from headrace.server.worker import Worker, WorkerClosed
 
 # Rows, and memory for them, that the schedule sees at once, to find which of them share a prefix.
 WINDOW, WINDOW_BYTES = 2048, 96 * 2**20
@@ -30,19 +31,26 @@ class WorkerGone(HeadraceError):
 
 
 class Waiter:
-    """The receiver of one request's answer. Called in the worker's thread."""
+    """A request and the receiver of its answer. Called in the worker's thread.
 
-    __slots__ = ("_answers", "_request")
+    It keeps what was compiled for the request until that is answered: the engine's thread finds it when it comes there.
+    """
 
-    def __init__(self, request: Request, answers: SimpleQueue[tuple[Request, RequestOutput | BaseException]]) -> None:
-        self._request = request
+    __slots__ = ("_answers", "_matcher", "request")
+
+    def __init__(self, request: Request, answers: SimpleQueue[Answer], matcher: Matcher | None) -> None:
+        self.request = request
         self._answers = answers
+        self._matcher = matcher
 
     def finish(self, output: RequestOutput) -> None:
-        self._answers.put((self._request, output))
+        self._answers.put((self, output))
 
     def fail(self, error: BaseException) -> None:
-        self._answers.put((self._request, error))
+        self._answers.put((self, error))
+
+
+Answer = tuple[Waiter, RequestOutput | BaseException]
 
 
 class WorkerInlet:
@@ -58,28 +66,29 @@ class WorkerInlet:
         self._worker = worker
         self._batch_id = batch_id
         self._owner = owner
-        self._seed = llm.options.seed
+        self._engine = llm.engine
         self._few = 4 * llm.options.max_sequences
         self._filling = True
-        self._gathered: list[Request] = []
+        self._gathered: list[Waiter] = []
         self._away: dict[str, int] = {}
-        self._alone: deque[Request] = deque()
-        self._answers: SimpleQueue[tuple[Request, RequestOutput | BaseException]] = SimpleQueue()
+        self._alone: deque[Waiter] = deque()
+        self._answers: SimpleQueue[Answer] = SimpleQueue()
 
     def add(self, request: Request) -> None:
         """Gather a request. What its engine has against it comes as an answer.
 
         Raises RowError for a constraint that cannot be used: here, for the engine's thread should not wait for it.
         """
-        params = request.params
+        params, matcher = request.params, None
         if params.constraint is not None:
-            self._worker.ready.result().engine.compiler.open_matcher(params.constraint)
+            matcher = self._engine.compiler.open_matcher(params.constraint)
         if params.seed is None and not params.greedy:
             # A row draws the same numbers in every batch: they must not depend on the batch's id, which is random.
-            digest = blake2b(f"{self._seed}\0{request.id}".encode(), digest_size=8).digest()
+            digest = blake2b(f"{self._engine.seed}\0{request.id}".encode(), digest_size=8).digest()
             params = replace(params, seed=int.from_bytes(digest) >> 1)
         name = f"{self._batch_id}/{request.id}"
-        self._gathered.append(replace(request, id=name, params=params, background=True, owner=self._owner))
+        request = replace(request, id=name, params=params, background=True, owner=self._owner)
+        self._gathered.append(Waiter(request, self._answers, matcher))
 
     def wants(self, held_bytes: int) -> bool:
         """See Inlet."""
@@ -100,9 +109,8 @@ class WorkerInlet:
         """Bring what has been gathered to the worker, as soon as it may join what is there."""
         if self._isolating:
             return
-        for request in self._gathered:
-            self._away[request.id] = 0
-            self._submit(request)
+        for waiter in self._gathered:
+            self._submit(waiter, tries=0)
         self._gathered.clear()
 
     def take(self, seconds: float) -> list[RequestOutput]:
@@ -113,9 +121,7 @@ class WorkerInlet:
             while True:
                 self._read(self._answers.get_nowait(), found)
         if self._alone and not self._away:
-            request = self._alone.popleft()
-            self._away[request.id] = TRIES
-            self._submit(request)
+            self._submit(self._alone.popleft(), TRIES)
         return found
 
     def withdraw(self) -> list[RequestOutput]:
@@ -129,32 +135,33 @@ class WorkerInlet:
         found = []
         with suppress(Empty):
             while True:
-                request, output = self._answers.get_nowait()
+                waiter, output = self._answers.get_nowait()
                 if isinstance(output, RequestOutput):
-                    found.append(replace(output, request_id=self._row_of(request)))
+                    found.append(replace(output, request_id=self._row_of(waiter.request)))
         return found
 
-    def _submit(self, request: Request) -> None:
-        self._worker.submit(request, Waiter(request, self._answers))
+    def _submit(self, waiter: Waiter, tries: int) -> None:
+        self._away[waiter.request.id] = tries
+        self._worker.submit(waiter.request, waiter)
 
-    def _read(self, answer: tuple[Request, RequestOutput | BaseException], found: list[RequestOutput]) -> None:
-        request, output = answer
+    def _read(self, answer: Answer, found: list[RequestOutput]) -> None:
+        waiter, output = answer
+        request = waiter.request
         tries = self._away.pop(request.id)
         if isinstance(output, RequestOutput):
             found.append(replace(output, request_id=self._row_of(request)))
         elif isinstance(output, RowError):
             found.append(self._fail(request, output))
-        elif output is CLOSED:
+        elif isinstance(output, WorkerClosed):
             self._away.clear()
             raise WorkerGone(str(output))
         elif tries >= TRIES:
             message = f"the server cannot compute this row: {type(output).__name__}: {output}"
             found.append(self._fail(request, RowError("server_error", message)))
         elif tries == TRIES - 1:
-            self._alone.append(request)
+            self._alone.append(waiter)
         else:
-            self._away[request.id] = tries + 1
-            self._submit(request)
+            self._submit(waiter, tries + 1)
 
     def _fail(self, request: Request, error: RowError) -> RequestOutput:
         return RequestOutput(self._row_of(request), None, list(request.prompt_token_ids), [], error=error)

@@ -6,6 +6,7 @@ Knows no route's fields and no wire format but JSON.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
@@ -30,9 +31,10 @@ from headrace.server.exchange import Exchange
 from headrace.server.limits import parse_json
 from headrace.server.quotas import Grant, Refused
 from headrace.server.service import Service
-from headrace.server.streams import race
+from headrace.server.streams import ClientGone, race
 from headrace.server.worker import Worker
 
+LOG = logging.getLogger("headrace.server")
 T = TypeVar("T")
 
 # Seconds without a token after which a stream says that it is alive.
@@ -178,6 +180,14 @@ class Call:
             raise from_row_error(error) from None
         except HeadraceError as error:
             raise ApiError(503, "unavailable", str(error)) from None
+        except (ApiError, ClientGone):
+            raise
+        except Exception as error:
+            # What the app would make of it; a stream, which has begun, must say it itself.
+            name = self.http.scope["state"].get("request_id", "")
+            LOG.error("request %s failed", name, exc_info=error)
+            message = f"the server failed; its log says why under {name}"
+            raise ApiError(500, "internal_error", message) from error
         finally:
             if not keep:
                 self.drop()

@@ -23,16 +23,16 @@ Choice = dict[str, Any]
 
 
 def take_stream(body: dict[str, Any]) -> tuple[bool, bool]:
-    """Take `stream` and `stream_options` out of a body: whether to stream, and whether to end with the usage."""
-    stream, options = body.pop("stream", None), body.pop("stream_options", None)
+    """Take `stream` out of a body: whether to stream, and, by `stream_options`, whether to end with the usage."""
+    stream, options = body.pop("stream", None), body.get("stream_options")
     if stream is not None and not isinstance(stream, bool):
         raise ApiError(400, "invalid_value", "stream must be true or false", "stream")
     if options is not None and (not isinstance(options, dict) or not stream):
         raise ApiError(400, "invalid_value", "stream_options must be an object, and needs stream", "stream_options")
-    usage = (options or {}).get("include_usage", False)
-    if not isinstance(usage, bool):
+    usage = (options or {}).get("include_usage")
+    if usage is not None and not isinstance(usage, bool):
         raise ApiError(400, "invalid_value", "stream_options.include_usage must be true or false", "stream_options")
-    return bool(stream), usage
+    return bool(stream), bool(usage)
 
 
 def describe(call: Call, name: str, kind: str, draft: Draft, **values: Any) -> dict[str, Any]:
@@ -74,6 +74,16 @@ async def stream_chunks(
             yield event([], count_usage([await exchange.result()]))
     except ApiError as error:
         yield encode_event(describe_error(error))
+    yield DONE
+
+
+async def stream_whole(
+    describe_chunk: Callable[..., dict[str, Any]], choices: list[Choice], usage: dict[str, Any] | None
+) -> AsyncGenerator[bytes, None]:
+    """The events of an answer that is all there already, and of its usage unless that is None."""
+    yield encode_event(describe_chunk(choices=choices, **({} if usage is None else {"usage": None})))
+    if usage is not None:
+        yield encode_event(describe_chunk(choices=[], usage=usage))
     yield DONE
 
 

@@ -19,7 +19,7 @@ from headrace.job.openai import COMPLETIONS
 from headrace.job.records import make_answer, spell_logprobs
 from headrace.server.answers import count_usage, echo_logprobs, join_logprobs
 from headrace.server.calls import Call, answer, open_call
-from headrace.server.chunks import describe, stream_chunks, take_stream
+from headrace.server.chunks import describe, stream_chunks, stream_whole, take_stream
 from headrace.server.errors import ApiError
 from headrace.server.exchange import Exchange
 from headrace.server.service import make_id
@@ -39,7 +39,9 @@ async def create_completion(http: HttpRequest) -> Response:
     name = make_id("cmpl-")
     asked = await call.understand_all(COMPLETIONS, split_prompts(call.body), name)
     if stream:
-        return await start_stream(call, asked, with_usage)
+        refuse_unstreamable(asked)
+        if generate:
+            return await start_stream(call, asked[0], with_usage)
     requests = [request for _, request in asked] if generate else []
     scored = [make_scored(each) for draft, each in asked if draft.echo and each.params.logprobs is not None]
     outputs: dict[str, RequestOutput] = {}
@@ -50,10 +52,15 @@ async def create_completion(http: HttpRequest) -> Response:
     for draft, request in asked:
         choices += make_choices(call, len(choices), draft, request, outputs)
     usage = count_usage(outputs[each.id] for each in requests or scored)
+    if not outputs:
+        usage["prompt_tokens"] = usage["total_tokens"] = sum(len(each.prompt_token_ids) for _, each in asked)
     if scored:
         # What an answer finds in the cache is what its own score has just computed.
         usage["prompt_tokens_details"] = {"cached_tokens": 0}
-    return answer(describe(call, name, "text_completion", asked[0][0], choices=choices, usage=usage))
+    describe_answer = partial(describe, call, name, "text_completion", asked[0][0])
+    if stream:
+        return EventStream(stream_whole(describe_answer, choices, usage if with_usage else None), call.drop)
+    return answer(describe_answer(choices=choices, usage=usage))
 
 
 def split_prompts(body: dict[str, Any]) -> list[Mapping[str, Any]]:
@@ -104,12 +111,16 @@ def make_choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_r
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-async def start_stream(call: Call, asked: list[tuple[Draft, Request]], with_usage: bool) -> Response:
+def refuse_unstreamable(asked: list[tuple[Draft, Request]]) -> None:
     if len(asked) > 1:
         raise ApiError(400, "invalid_value", "a stream answers one prompt at a time", "prompt")
     draft, request = asked[0]
     if draft.echo and request.params.logprobs is not None:
         raise ApiError(400, "invalid_value", "echo together with logprobs cannot be streamed", "echo")
+
+
+async def start_stream(call: Call, asked: tuple[Draft, Request], with_usage: bool) -> Response:
+    draft, request = asked
     (exchange,) = call.begin([request])
     await call.start(exchange)
     prefix = read_prefix(call, draft)

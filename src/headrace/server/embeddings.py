@@ -13,13 +13,14 @@ from headrace.job.fields import Fields
 from headrace.server.answers import count_usage
 from headrace.server.calls import Call, answer, open_call
 from headrace.server.errors import from_row_error
+from headrace.server.projections import judge
 from headrace.server.service import make_id
 
 
 async def create_embeddings(http: HttpRequest) -> Response:
     call = await open_call(http)
     try:
-        requests, form = await run_in_threadpool(read_body, call)
+        requests, form, warnings = await run_in_threadpool(read_body, call)
     except RowError as error:
         raise from_row_error(error) from None
     outputs = await call.collect(requests)
@@ -28,16 +29,16 @@ async def create_embeddings(http: HttpRequest) -> Response:
     ]
     usage = count_usage(outputs)
     usage = {name: usage[name] for name in ("prompt_tokens", "total_tokens")}
-    return answer({"object": "list", "data": data, "model": call.model, "usage": usage})
+    body = {"object": "list", "data": data, "model": call.model, "usage": usage}
+    return answer(body | ({"warnings": list(warnings)} if warnings else {}))
 
 
-def read_body(call: Call) -> tuple[list[Request], VectorForm]:
-    """One request an input, and the form of their vectors. Raises RowError, naming the field."""
+def read_body(call: Call) -> tuple[list[Request], VectorForm, tuple[str, ...]]:
+    """One request an input, the form of their vectors, and warnings. Raises RowError, naming the field."""
     fields, llm = Fields(call.body, ""), call.llm
     embedder = Embedder(llm.pooling, llm.engine.model.config.hidden_size)
     inputs, form = read_asked(fields, embedder)
-    if fields.left() and call.service.options.unknown_fields == "error":
-        raise RowError("unknown_field", f"{', '.join(fields.left())}: not supported; take it out")
+    warnings = judge(fields, call.service.options.unknown_fields)
     for each in inputs:
         if isinstance(each, str):
             llm.tokenizer.refuse_longer(each, llm.context_length)
@@ -47,4 +48,4 @@ def read_body(call: Call) -> tuple[list[Request], VectorForm]:
         Request(f"{name}-{index}", tuple(each), params, embed=embedder.pooling, owner=call.owner)
         for index, each in enumerate(tokens)
     ]
-    return requests, form
+    return requests, form, warnings

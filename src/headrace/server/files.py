@@ -36,6 +36,8 @@ async def create_file(http: HttpRequest) -> Response:
                 await run_in_threadpool(keep, batches.store, file, upload.file)
     except MultiPartException as error:
         raise ApiError(400, "invalid_form", f"the form cannot be read: {error.message}") from None
+    except UnicodeError as error:
+        raise ApiError(400, "invalid_form", f"the form cannot be read in its charset: {error}") from None
     except HTTPException as error:
         raise ApiError(400, "invalid_form", f"the form cannot be read: {error.detail}") from None
     return JSONResponse(file.describe())
@@ -45,7 +47,8 @@ def read_form(form: FormData, owner: str) -> tuple[UploadFile, FileObject]:
     """The contents and their description. Raises ApiError, naming the field."""
     unknown = sorted(set(form) - set(FIELDS))
     if unknown:
-        raise ApiError(400, "unknown_field", f"{unknown[0]!r:.80} is no field of a file: take it out", unknown[0])
+        name = mend(unknown[0])
+        raise ApiError(400, "unknown_field", f"{name!r:.80} is no field of a file: take it out", name)
     upload, purpose = form.get("file"), form.get("purpose")
     if not isinstance(upload, UploadFile):
         raise ApiError(400, "missing_field", "file is missing: send a form (multipart/form-data) with a file", "file")
@@ -63,10 +66,15 @@ def read_form(form: FormData, owner: str) -> tuple[UploadFile, FileObject]:
         owner=owner,
         bytes=size,
         created_at=created,
-        filename=(upload.filename or "file")[:MOST_NAME],
+        filename=mend(upload.filename or "file")[:MOST_NAME],
         purpose=str(purpose),
         expires_at=None if seconds is None else created + seconds,
     )
+
+
+def mend(name: str) -> str:
+    """A name with halves of characters replaced: a form may claim a charset that spells them, and UTF-8 has none."""
+    return name.encode(errors="replace").decode()
 
 
 def read_seconds(form: FormData) -> int | None:

@@ -83,9 +83,12 @@ class Models:
         worker.last_used = time.monotonic()
         try:
             return name, worker, await asyncio.shield(asyncio.wrap_future(worker.ready))
-        except HeadraceError as error:
-            if name != self.first:
-                self.workers.pop(name, None)
+        except Exception as error:
+            # Others wait for it too, and the first of them may have been followed by one who tries again.
+            if name != self.first and self.workers.get(name) is worker:
+                del self.workers[name]
+            if not isinstance(error, HeadraceError):
+                raise
             raise ApiError(503, "model_unavailable", f"{name} cannot be loaded: {error}") from error
 
     def find(self, name: str | None) -> str:
@@ -134,13 +137,13 @@ class Models:
         """Free further models that nobody has used for long, for ever."""
         while True:
             await asyncio.sleep(LOOK)
-            for name, worker in self._idle():
-                if time.monotonic() - worker.last_used > self._serve.idle_seconds:
-                    await self._free(name)
+            # Asked anew after each: while one is freed, requests begin, and `_make_room` frees others.
+            while (idle := self._idle()) and time.monotonic() - idle[0][1].last_used > self._serve.idle_seconds:
+                await self._free(idle[0][0])
 
     async def close(self) -> None:
-        for name in list(self.workers):
-            await self._free(name)
+        while self.workers:
+            await self._free(next(iter(self.workers)))
 
     def _idle(self) -> list[tuple[str, Worker]]:
         """Further models that have nothing to do, the longest unused first."""
@@ -155,10 +158,9 @@ class Models:
         """Free idle models, the longest unused first, until this one's weights would fit twice."""
         with suppress(HeadraceError):  # what is wrong with it, loading says
             needed = 2 * (await asyncio.to_thread(open_checkpoint, self.options[name].model)).nbytes
-            for other, _ in self._idle():
-                if read_available_bytes() >= needed:
-                    return
-                await self._free(other)
+            # Asked anew after each, as in `free_idle`.
+            while (idle := self._idle()) and read_available_bytes() < needed:
+                await self._free(idle[0][0])
 
     async def _free(self, name: str) -> None:
         worker = self.workers.pop(name)

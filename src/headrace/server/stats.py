@@ -110,7 +110,8 @@ class Stats:
     def _snapshot(self, name: str, worker: Worker, llm: LLM) -> EngineSnapshot:
         engine, counters = llm.engine, llm.engine.counters
         state = engine.state
-        running = sum(not each.request.background for each in list(state.running))
+        # A request has a sequence for each of its answers.
+        running = len({each.request.id for each in list(state.running) if not each.request.background})
         mfu, mbu, floor_share = self._utilisation(name, llm)
         return EngineSnapshot(
             model=name,

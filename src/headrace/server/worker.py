@@ -27,7 +27,13 @@ from headrace.server.turns import Turns
 
 LOG = logging.getLogger("headrace.server")
 Command = Callable[[], None]
-CLOSED = HeadraceError("the model has just been freed, or the server is closing: ask again")
+
+
+class WorkerClosed(HeadraceError):
+    """The worker takes nothing any more. Made anew each time: an error that was raised keeps alive what was at work."""
+
+    def __init__(self) -> None:
+        super().__init__("the model has just been freed, or the server is closing: ask again")
 
 
 class Receiver(Protocol):
@@ -39,7 +45,8 @@ class Receiver(Protocol):
 
 
 class Worker:
-    """Loads a model in its thread and computes until it is closed. `ready` is the LLM, or why it could not be loaded.
+    """Loads a model in its thread and computes until it is closed. `ready` is the LLM, or why there is none: it could
+    not be loaded, or a fault has ended the thread.
 
     `exchanges` are the interactive requests in the engine; other receivers (batches) are told of ends only. `held` is
     the event loop's own count of continuations that it has asked for and not done with.
@@ -65,7 +72,7 @@ class Worker:
         self._commands.put(lambda: self._add(request, receiver))
         # Looked at after the put: what came before the flag was set, the worker's last look at its commands finds.
         if self._phase == "closed":
-            self._refuse(receiver)
+            self._refuse(receiver, WorkerClosed())
 
     def cancel(self, request_id: str) -> None:
         """Take a request out before the next step; its receiver hears nothing more. Unknown ids are ignored."""
@@ -85,7 +92,8 @@ class Worker:
         return not self.exchanges and not self.others
 
     def _stop(self) -> None:
-        self._phase = "closing"
+        if self._phase == "open":
+            self._phase = "closing"
 
     def _run(self) -> None:
         try:
@@ -96,13 +104,21 @@ class Worker:
             return
         self.ready.set_result(llm)
         with llm:
-            while self._phase == "open":
-                self._obey(wait=not llm.engine.unfinished)
-                if llm.engine.unfinished and self._phase == "open":
-                    self._step(llm.engine)
+            try:
+                while self._phase == "open":
+                    self._obey(wait=not llm.engine.unfinished)
+                    if llm.engine.unfinished and self._phase == "open":
+                        self._step(llm.engine)
+            except BaseException:
+                LOG.exception("the engine of %s has ended", self.options.model)
+                broken: Future[LLM] = Future()
+                broken.set_exception(HeadraceError("its engine has ended; the server's log says why"))
+                self.ready = broken
             self._phase = "closed"
-            self._obey(wait=False)
-            self._fail_all(CLOSED)
+            for command in self._commands_now(wait=False):
+                with suppress(BaseException):  # whatever is wrong with the engine: the next may be a request
+                    command()
+            self._fail_all(WorkerClosed())
 
     def _obey(self, wait: bool) -> None:
         """Carry out all commands that have come; with `wait`, until there was one."""
@@ -117,18 +133,20 @@ class Worker:
                 yield self._commands.get_nowait()
 
     def _step(self, engine: Engine) -> None:
+        changed: list[Exchange] = []
         try:
             with self._turns.take():
                 self._pace.shift(engine, bool(self.exchanges))
                 finished = engine.step()
-        except Exception as error:
+            for output in finished:
+                self._finish(output, changed)
+            changed += [each for name, each in self.exchanges.items() if self._read(engine, name, each)]
+        except BaseException as error:
             # A fault of ours, or no memory: those who are here hear of it, those who come find an empty engine.
             LOG.exception("a step of %s failed", self.options.model)
-            self._fail_all(error)
-            return
-        changed = [exchange for output in finished if (exchange := self._finish(output)) is not None]
-        changed += [each for name, each in self.exchanges.items() if self._read(engine, name, each)]
-        self._wake(changed)
+            engine.abort_all(self._fail_all(tame(error)))
+        finally:
+            self._wake(changed)
 
     def _read(self, engine: Engine, name: str, exchange: Exchange) -> bool:
         """Whether a request that goes on has said more."""
@@ -138,30 +156,38 @@ class Worker:
             self._pace.patience.note_wait(exchange.timing.begun - exchange.timing.submitted)
         return exchange.advance(outputs)
 
-    def _finish(self, output: RequestOutput) -> Exchange | None:
+    def _finish(self, output: RequestOutput, changed: list[Exchange]) -> None:
+        """Hand an answer over. Only then is its receiver done with: one that cannot take it is to hear of the fault."""
         self.last_used = time.monotonic()
-        exchange = self.exchanges.pop(output.request_id, None)
-        receiver = exchange or self.others.pop(output.request_id)
-        receiver.finish(output)
-        return exchange
+        exchange = self.exchanges.get(output.request_id)
+        if exchange is None:
+            self.others[output.request_id].finish(output)
+            del self.others[output.request_id]
+        else:
+            exchange.finish(output)
+            del self.exchanges[output.request_id]
+            changed.append(exchange)
 
     def _add(self, request: Request, receiver: Exchange | Receiver) -> None:
+        if self._phase == "closed":
+            self._refuse(receiver, WorkerClosed())
+            return
         self.last_used = time.monotonic()
-        self._pace.patience.note_arrival(request)
         try:
+            self._pace.patience.note_arrival(request)
             self.ready.result().engine.add(request)
-        except (RowError, ValueError) as error:
-            receiver.fail(error)
-            if isinstance(receiver, Exchange):
-                self._wake([receiver])
+        except BaseException as error:
+            if not isinstance(error, (RowError, ValueError)):
+                LOG.exception("%s cannot take a request", self.options.model)
+            self._refuse(receiver, tame(error))
             return
         if isinstance(receiver, Exchange):
             self.exchanges[request.id] = receiver
         else:
             self.others[request.id] = receiver
 
-    def _refuse(self, receiver: Exchange | Receiver) -> None:
-        receiver.fail(CLOSED)
+    def _refuse(self, receiver: Exchange | Receiver, error: Exception) -> None:
+        receiver.fail(error)
         if isinstance(receiver, Exchange):
             self._wake([receiver])
 
@@ -169,21 +195,26 @@ class Worker:
         if self.exchanges.pop(request_id, None) or self.others.pop(request_id, None):
             self.ready.result().engine.abort(request_id)
 
-    def _fail_all(self, error: BaseException) -> None:
-        engine = self.ready.result().engine
-        exchanges, receivers = list(self.exchanges.values()), [*self.exchanges.values(), *self.others.values()]
-        engine.abort_all([*self.exchanges, *self.others])
+    def _fail_all(self, error: Exception) -> list[str]:
+        """Fail everybody who is here; the ids of the requests, which the engine may still have."""
+        exchanges, receivers = list(self.exchanges.values()), self.exchanges | self.others
         self.exchanges.clear()
         self.others.clear()
-        for receiver in receivers:
+        for receiver in receivers.values():
             receiver.fail(error)
         self._wake(exchanges)
+        return list(receivers)
 
     def _wake(self, exchanges: list[Exchange]) -> None:
         """One call into the event loop for all that a step has changed."""
         if exchanges:
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 self._loop.call_soon_threadsafe(wake_all, exchanges)
+
+
+def tame(error: BaseException) -> Exception:
+    """The error as those who catch an Exception see it: a panic in a Rust library is none."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def wake_all(exchanges: list[Exchange]) -> None:

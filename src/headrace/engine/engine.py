@@ -26,7 +26,7 @@ from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model
 from headrace.schedule.apply import abort, advance, apply, arrange, expire, finish
 from headrace.schedule.base import Schedule
-from headrace.schedule.fit import check_fit
+from headrace.schedule.fit import check_request
 from headrace.schedule.pieces import describe_pieces, wanted_rows
 from headrace.schedule.prefixes import pack
 from headrace.schedule.state import SchedulerState
@@ -158,7 +158,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         ledger, vocabulary = self.state.ledger, self.model.config.vocab_size
-        check_fit(request, ledger.layout, ledger.num_blocks, self.context_length)
+        check_request(request, ledger.layout, ledger.num_blocks, self.context_length)
         if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= vocabulary:
             raise RowError("token_range", f"prompt token ids must be from 0 to {vocabulary - 1}")
         params = request.params

@@ -20,7 +20,7 @@ from headrace.options import EngineOptions
 from headrace.schedule.apply import advance, apply, arrange, finish
 from headrace.schedule.budget import Deadline
 from headrace.schedule.choice import SCHEDULES
-from headrace.schedule.fit import check_fit
+from headrace.schedule.fit import check_request
 from headrace.schedule.pieces import describe_pieces
 from headrace.schedule.prefixes import pack
 from headrace.schedule.state import SchedulerState
@@ -53,7 +53,7 @@ class Memory:
     def refuses(self, request: Request) -> bool:
         """Whether the engine would refuse it, as too long."""
         try:
-            check_fit(request, self.layout, self.num_blocks, self.context_length)
+            check_request(request, self.layout, self.num_blocks, self.context_length)
         except RowError:
             return True
         return False

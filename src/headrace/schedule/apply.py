@@ -84,6 +84,7 @@ def advance(plan: StepPlan, state: SchedulerState) -> None:
         sequence = state.find(chunk.sequence)
         sequence.computed += chunk.length
         state.background_computed += chunk.length * sequence.request.background
+        # Only then has a block become full.
         if sequence.computed // layout.block_size > chunk.start // layout.block_size:
             ledger.publish(sequence)
         ledger.slide(sequence)

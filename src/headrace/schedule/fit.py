@@ -6,7 +6,7 @@ from headrace.cache.layout import CacheLayout
 from headrace.core import Request, RowError
 
 
-def check_fit(request: Request, layout: CacheLayout, num_blocks: int, context_length: int) -> None:
+def check_request(request: Request, layout: CacheLayout, num_blocks: int, context_length: int) -> None:
     """Raise RowError for a prompt that is empty, or longer than the context, and where prompt and output could need
     more blocks than there are: by the most that it may generate, not by what it will."""
     length = len(request.prompt_token_ids)

@@ -73,7 +73,7 @@ SAMPLING: Schema = (
         "parallel_tool_calls": nullable("boolean"),
         "best_of": nullable("integer", minimum=1),
     }
-    | {name: {} for name in NO_EFFECT if name not in ("priority", "service_tier", "prompt_cache_key", "stream_options")}
+    | {name: {} for name in NO_EFFECT if name not in ("priority", "service_tier", "prompt_cache_key")}
 )
 
 MESSAGE = record(

@@ -1,4 +1,4 @@
-"""Measure what this machine can do with these kernels: registers, matrix products, memory."""
+"""Measure what this machine can do with these kernels: arithmetic, matrix products, memory."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ def measure_peaks(kernels: Kernels, threads: int, tell: Callable[[str], None]) -
         products[name] = measure_products(kernels, name, dtype)
         # Where registers are few the compiler moves sums in and out of them, and a product can be the faster one.
         operations[name] = max(registers, *products[name].values())
+    if "bf16" not in kernels.instruction_set:
+        # Multiplied as fp32, after work of its own that a faster kernel would hide.
+        operations["bf16"] = max(operations["bf16"], operations["fp32"])
     data = torch.ones(SWEPT_BYTES, dtype=torch.uint8)
     for name, kind in SWEEPS.items():
         tell(f"memory {name}, threads: {threads}")

@@ -29,11 +29,11 @@ struct Operand {
 };
 
 // What integer sums of a part become, for one row and vector of outputs, on top of the sum of the parts before. `addition`
-// makes of a row's rounded values, summed, what `add` is given again. 8-bit weights are stored with 128 added; what their
-// scales do comes last (finish_row).
+// makes of a row's rounded values, summed, what `add` is given again. What 8-bit weights have added is taken off so; what
+// their scales do comes last (finish_sums).
 struct Int8Part {
     Int8Part(const Weight&, int64_t) {}
-    static uint32_t addition(int32_t total, float) { return -128 * total; }
+    static uint32_t addition(int32_t total, float) { return -Int8Lanes::ADDED * total; }
 
     vf add(vf before, vi sum, float scale, uint32_t addition) const {
         return multiply_add(__builtin_convertvector(sum + (int32_t)addition, vf), splat(scale), before);

@@ -6,6 +6,7 @@
 #include "norm.h"
 #include "observe.h"
 #include "probe.h"
+#include "recall.h"
 #include "seal.h"
 #include "table.h"
 #include "unpack.h"
@@ -60,13 +61,15 @@ void move_tokens_any(Type type, Cache cache, Moved moved) { TYPED(move_tokens<T>
 
 void unpack_any(Type type, Vectors form, Unpacked wanted, int64_t head, void* into) { TYPED(unpack<T>(form, wanted, head, (T*)into)); }
 
+void recall_any(Type type, Rows queries, Cache cache, Shadow shadow) { TYPED(recall<T>(queries, cache, shadow)); }
+
 }  // namespace
 
 namespace headrace {
 
 const Table& HEADRACE_TABLE() {
-    static const Table table = {HEADRACE_NAME,    pack,     linear_any,  find_largest_any, rms_norm_any,          add_rms_norm_any, place_heads_any,
-                                attention_any,    seal_any, observe_any, move_tokens_any,  unpack_any,            multiply_registers_of, sweep};
+    static const Table table = {HEADRACE_NAME,    pack,     linear_any,  find_largest_any, rms_norm_any, add_rms_norm_any,      place_heads_any,
+                                attention_any,    seal_any, observe_any, move_tokens_any,  unpack_any,   recall_any, multiply_registers_of, sweep};
     return table;
 }
 

@@ -36,20 +36,23 @@ struct Bf16Lanes {
     }
 };
 
-// The row's four are signed, the lanes' four unsigned. The 32-bit sum is exact.
+// The row's four are signed and no less than -127, the lanes' four unsigned: weights with 128 added. The 32-bit sum is exact.
 struct Int8Lanes {
     using Sum = vi;
     static constexpr int STEPS = 1;
     static constexpr int GROUP = 4, ROWS = W == 16 ? 12 : W == 8 ? 4 : 2, SPAN = 2;
+    // What weights still have added when they are multiplied.
+    static constexpr int32_t ADDED = W == 8 ? 0 : 128;
 
     static vi step(vi sum, uint32_t row, vu lanes) {
 #if defined(__AVX512VNNI__)
         return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)lanes, (__m512i)(vu{} + row));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-        __m256i spread = _mm256_set1_epi32((int32_t)row), low = _mm256_set1_epi16(0xff);
-        __m256i even = _mm256_madd_epi16(_mm256_and_si256((__m256i)lanes, low), _mm256_srai_epi16(_mm256_slli_epi16(spread, 8), 8));
-        __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)lanes, 8), _mm256_srai_epi16(spread, 8));
-        return sum + (vi)_mm256_add_epi32(even, odd);
+        // Magnitudes of weights times the row with the weights' signs: two such products, of at most 128 * 127, fit 16 bits.
+        __m256i weights = _mm256_xor_si256((__m256i)lanes, _mm256_set1_epi8(-128));
+        __m256i turned = _mm256_sign_epi8(_mm256_set1_epi32((int32_t)row), weights);
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), turned);
+        return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
         for (int i = 0; i < 4; i++) sum += (vi)(lanes >> (8 * i) & 0xff) * (int32_t)(int8_t)(row >> (8 * i));
         return sum;

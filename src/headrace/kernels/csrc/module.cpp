@@ -95,6 +95,12 @@ Unpacked unpacked_of(nb::tuple t) {
             at<int64_t>(nb::cast<uintptr_t>(t[3]))};
 }
 
+Shadow shadow_of(nb::tuple t) {
+    return {at<int32_t>(nb::cast<uintptr_t>(t[0])), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]), nb::cast<int64_t>(t[3]),
+            at<void>(nb::cast<uintptr_t>(t[4])),    at<int32_t>(nb::cast<uintptr_t>(t[5])),
+            at<float>(nb::cast<uintptr_t>(t[6])),   at<float>(nb::cast<uintptr_t>(t[7])), nb::cast<float>(t[8])};
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -180,6 +186,13 @@ NB_MODULE(_cpu, m) {
         Unpacked u = unpacked_of(wanted);
         nb::gil_scoped_release release;
         chosen->unpack(Type(type), v, u, head, at<void>(into));
+    });
+    m.def("recall", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple shadow) {
+        Rows q = rows_of(queries);
+        Cache c = cache_of(cache);
+        Shadow s = shadow_of(shadow);
+        nb::gil_scoped_release release;
+        chosen->recall(Type(type), q, c, s);
     });
     m.def("observe", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple batch, nb::tuple spec, uintptr_t mass, uintptr_t firsts,
                         float share) {

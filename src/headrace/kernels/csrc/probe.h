@@ -1,4 +1,4 @@
-// What the processor can do at most: multiply-adds with nothing but registers, and plain sweeps over memory.
+// What the processor can do at most: multiply-adds with operands that are always near, and plain sweeps over memory.
 #pragma once
 
 #include <algorithm>
@@ -12,27 +12,31 @@ using namespace headrace;
 
 constexpr int64_t PIECE = 1 << 20;
 
-// Every thread does `rounds` times a tile's worth of steps whose operands never leave the registers: multiply-adds in all.
+// Every thread does `rounds` times a tile's worth of steps: sums stay in registers, what is multiplied in the nearest cache.
+// Multiply-adds in all.
 template <class Lanes>
 int64_t multiply_registers(int64_t rounds) {
     constexpr int ROWS = Lanes::ROWS, SPAN = Lanes::SPAN;
     int threads = Pool::get().threads();
     Pool::get().run(threads, [&](int64_t, int) {
-        // The compiler must not know what is multiplied, nor that any two sums are alike.
+        // The compiler must not know what is multiplied, nor that any two rows or sums are alike.
         typename Lanes::Sum sums[ROWS][SPAN] = {};
         vu lanes[SPAN] = {};
-        uint32_t row = 0;
+        uint32_t rows[ROWS] = {};
+#pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
             for (int v = 0; v < SPAN; v++) asm volatile("" : "+v"(sums[r][v]));
         for (int64_t i = 0; i < rounds; i++) {
-            asm volatile("" : "+r"(row));
-            for (int v = 0; v < SPAN; v++) asm volatile("" : "+v"(lanes[v]));
+            asm volatile("" : "+m"(rows), "+m"(lanes));
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-                for (int v = 0; v < SPAN; v++) sums[r][v] = Lanes::step(sums[r][v], row, lanes[v]);
+                for (int v = 0; v < SPAN; v++) sums[r][v] = Lanes::step(sums[r][v], rows[r], lanes[v]);
         }
+#pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
             for (int v = 0; v < SPAN; v++) asm volatile("" : : "v"(sums[r][v]));
     });
     return rounds * threads * ROWS * SPAN * W * Lanes::GROUP;

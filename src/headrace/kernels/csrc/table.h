@@ -138,6 +138,18 @@ struct Unpacked {
     const int64_t* order;
 };
 
+// What stands for a prompt's first chunks in `blocks`, and what is wanted of it: in each kv head the `count` likeliest chunks, in the
+// slots of blocks `into`. values [kv heads, chunks, 8, head_size] lie elsewhere; null: in the blocks. cos and sin [positions,
+// head_size / 2].
+struct Shadow {
+    const int32_t* blocks;
+    int64_t chunks, count, rank;
+    const void* values;
+    const int32_t* into;
+    const float *cos, *sin;
+    float scale;
+};
+
 struct Table {
     const char* name;
     // A weight [out, in], or [2 out, in] gates first, of the given type into panels. Ignores weight.panels.
@@ -159,6 +171,8 @@ struct Table {
     void (*move_tokens)(Type type, Cache cache, Moved moved);
     // Exact keys, if they lie by channel, or values, of heads of so many elements; blocks one after the other.
     void (*unpack)(Type type, Vectors form, Unpacked wanted, int64_t head, void* into);
+    // Queries [1, heads, head_size] of one token.
+    void (*recall)(Type type, Rows queries, Cache cache, Shadow shadow);
     // What the processor can do at most (probe.h): multiply-adds done, and a sweep over memory.
     int64_t (*multiply_registers)(Type type, int64_t rounds);
     void (*sweep)(Sweep kind, char* data, int64_t bytes);

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ from headrace.judge.contexts_global import KINDS, STATISTICS, many_shot, math_fi
 from headrace.judge.contexts_strings import multi_needle, prefix_suffix, retr_kv, trace_variables
 from headrace.judge.contexts_summary import EpisodeScores, Regret, TurnPoint, TurnScore, summarise
 from headrace.judge.contexts_text import OPENING, find_sentence, match_lead, next_sentence
-from headrace.judge.episodes import ABILITIES, MODES, Episode, split_sentences, spread, take_sentences, weave
+from headrace.judge.episodes import MODES, Turn, split_sentences, spread, take_sentences, weave
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = range(20)
@@ -32,8 +33,9 @@ def notes() -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def depths(episode: Episode) -> list[float]:
-    return sorted(turn.depth for turn in episode.turns if turn.depth is not None)
+def find_depths(context: str, evidence: Iterable[str]) -> list[float]:
+    """Where each begins, as a share of the context's characters, in order."""
+    return sorted(context.index(each) / len(context) for each in evidence)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -43,7 +45,7 @@ def test_every_task_follows_its_seed_and_size(name: str, tokens: int, notes: lis
     assert made == [TASKS[name](notes, seed, tokens) for seed in SEEDS]
     assert len(set(made)) > len(made) // 2
     for episode in made:
-        assert episode.task == name and episode.ability in ABILITIES
+        assert episode.task == name
         assert 3 <= len(episode.turns) <= 5 and len(episode.context) <= 4 * tokens
         assert len({turn.query for turn in episode.turns}) == len(episode.turns)
         for turn in episode.turns:
@@ -51,13 +53,6 @@ def test_every_task_follows_its_seed_and_size(name: str, tokens: int, notes: lis
             assert turn.query.endswith((" ", "\n")) != turn.answer.startswith(" ")
             assert not turn.choices or (turn.choices.count(turn.answer) == 1 and len(turn.choices) >= 2)
             assert len(set(turn.choices)) == len(turn.choices)
-            assert turn.depth is None or 0 <= turn.depth < 1
-
-
-def test_tasks_are_grouped_by_ability_in_the_order_of_the_paper(notes: list[str]) -> None:
-    abilities = [task(notes, 0, TOKENS).ability for task in TASKS.values()]
-    assert list(dict.fromkeys(abilities)) == list(ABILITIES)
-    assert abilities == sorted(abilities, key=ABILITIES.index)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -102,34 +97,31 @@ def test_keys_share_beginnings_and_values_are_unique(seed: int, key: str, shared
     for turn in episode.turns:
         name = turn.query.rpartition("\n")[2].removesuffix(": ").strip('"')
         assert str(pairs[name]) == turn.answer
-    assert [int(depth * 4) for depth in depths(episode)] == [0, 1, 2, 3]
+    depths = find_depths(episode.context, map(quote_pair, episode.turns))
+    assert [int(depth * 4) for depth in depths] == [0, 1, 2, 3]
 
 
 def test_order_of_asking_is_not_the_order_of_depth() -> None:
-    first = [retr_kv(seed).turns[0].depth for seed in range(40)]
-    assert sum(depth is not None and depth < 0.5 for depth in first) in range(8, 33)
+    episodes = [retr_kv(seed) for seed in range(40)]
+    first = [find_depths(each.context, [quote_pair(each.turns[0])])[0] for each in episodes]
+    assert sum(depth < 0.5 for depth in first) in range(8, 33)
+
+
+def quote_pair(turn: Turn) -> str:
+    """A key and its value as the object has them."""
+    return turn.query.rpartition("\n")[2] + turn.answer
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("k", [1, 4])
-def test_needles_are_at_their_depths_and_the_control_nowhere(seed: int, k: int, notes: list[str]) -> None:
+def test_needles_are_at_their_depths(seed: int, k: int, notes: list[str]) -> None:
     episode = multi_needle(notes, seed, k, 2000)
     assert 1700 < len(episode.context) <= 2000
-    for turn in episode.turns:
-        assert episode.context.count(turn.query.strip() + " " + turn.answer + ".") == 1
-        assert episode.context.count(turn.answer) == 1
-    for index, depth in enumerate(depths(episode), 1):
+    needles = [f"{turn.query.strip()} {turn.answer}." for turn in episode.turns]
+    for needle, turn in zip(needles, episode.turns, strict=True):
+        assert episode.context.count(needle) == episode.context.count(turn.answer) == 1
+    for index, depth in enumerate(find_depths(episode.context, needles), 1):
         assert depth == pytest.approx(index / (k + 1), abs=0.08)
-    control = episode.ask_control()
-    (asked,) = control.turns
-    place = re.search(r"of (\w+) is", asked.query)[1]  # type: ignore[index]
-    assert place not in control.context and asked.answer not in control.context
-    assert asked.answer not in {turn.answer for turn in episode.turns} and control.context == episode.context
-
-
-def test_only_an_episode_with_a_control_can_ask_it() -> None:
-    with pytest.raises(ValueError, match="retr_kv has no control"):
-        retr_kv(0).ask_control()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -142,7 +134,8 @@ def test_both_ends_tell_a_word_and_one_end_does_not(seed: int) -> None:
         prefix, suffix = re.findall('"(...)"', turn.query)
         assert [word for word in words if word.startswith(prefix) and word.endswith(suffix)] == [turn.answer]
         assert sum(word.startswith(prefix) for word in words) > 1 and sum(word.endswith(suffix) for word in words) > 1
-    assert [int(depth * 4) for depth in depths(episode)] == [0, 1, 2, 3]
+    depths = find_depths(episode.context, [turn.answer for turn in episode.turns])
+    assert [int(depth * 4) for depth in depths] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -205,7 +198,8 @@ def test_sentences_are_found_by_words_that_do_not_quote_them(seed: int, notes: l
         assert len(found) == 1 and found == described
         assert len(turn.answer.split()) == OPENING
         assert not set(keywords(turn.query)) & set(turn.answer.lower().split())
-    assert depths(episode)[0] < 0.35 and depths(episode)[-1] > 0.6
+    depths = find_depths(episode.context, [turn.answer.strip() for turn in episode.turns])
+    assert depths[0] < 0.35 and depths[-1] > 0.6
 
 
 def keywords(query: str) -> list[str]:
@@ -237,16 +231,12 @@ def test_leads_are_left_out_of_their_paragraphs(seed: int, notes: list[str]) -> 
         assert all(choice not in episode.context for choice in turn.choices) and len(turn.choices) == 4
 
 
-def test_mixed_turns_alternate_and_keep_their_depths(notes: list[str]) -> None:
+def test_mixed_turns_alternate(notes: list[str]) -> None:
     pairs, needles = retr_kv(1, 12, turns=2), multi_needle(notes, 1, 3, 1000)
     mixed = mix("both", pairs, needles)
     order = [pairs.turns[0], needles.turns[0], pairs.turns[1], needles.turns[1], needles.turns[2]]
-    assert [(turn.query, turn.answer) for turn in mixed.turns] == [(turn.query, turn.answer) for turn in order]
-    assert mixed.control == needles.control and mixed.task == "both"
-    for turn in mixed.turns:
-        assert turn.depth is not None
-        place = round(turn.depth * len(mixed.context))
-        assert turn.answer in mixed.context[place : place + 40]
+    assert list(mixed.turns) == order and mixed.task == "both"
+    assert mixed.context == f"{pairs.context}\n{needles.context}"
 
 
 def test_sentences_are_taken_as_they_stand(notes: list[str]) -> None:

@@ -176,7 +176,7 @@ FIELDS = {
     MESSAGES: "model messages system max_tokens stop_sequences temperature top_p top_k metadata service_tier thinking "
     "tools tool_choice stream output_config",
     COUNT: "model messages system tools tool_choice",
-    TOKENIZE: "model prompt messages add_special_tokens",
+    TOKENIZE: "model prompt messages tools add_special_tokens",
     DETOKENIZE: "model tokens",
 }
 PLAIN: dict[str, dict[str, Any]] = {

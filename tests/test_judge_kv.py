@@ -25,15 +25,15 @@ from headrace.core import InputError
 from headrace.judge.contexts import TASKS
 from headrace.judge.contexts_summary import summarise
 from headrace.judge.driver import CacheDriver
-from headrace.judge.episodes import MODES, STRINGS, Episode, Turn
-from headrace.judge.kv import TAIL, WAYS, KVJudge, Loss, Way, choose_windows
+from headrace.judge.episodes import MODES, Episode, Turn
+from headrace.judge.kv import TAIL, WAYS, Degradation, KVJudge, Way, choose_windows
 from headrace.judge.kv_job import make_prompts, measure_job
 from headrace.judge.kv_room import Room, count_batch, find_room
 from headrace.judge.shared_contexts import ContextsJudge, write_script
 from headrace.kernels.base import LayerCache
 from headrace.kernels.reference import read_blocks
 
-NOTHING = Loss(0.0, 0.0, 0.0, 1.0)
+NOTHING = Degradation(0.0, 0.0, 0.0, 1.0)
 CONTEXT = 100
 EPISODE = Episode(
     "The mill by the river grinds wheat, the one on the hill grinds rye, and the old one stands still.\n",
@@ -42,7 +42,6 @@ EPISODE = Episode(
         Turn("\nThe mill on the hill grinds", " rye", (" rye", " wheat and oats", " oats")),
         Turn("\nThe old mill", " stands still"),
     ),
-    STRINGS,
     "mills",
 )
 
@@ -165,9 +164,6 @@ def test_the_driver_keeps_the_bytes_of_what_it_fed(llm: LLM) -> None:
     keys, _ = read_blocks(cache, torch.tensor(sequences[1].tables[cache.group]))
     assert bool(keys[:, :33].any()) and not bool(keys[:, 33:].any())
     assert driver.used_bytes == 4 * driver.cache.layout.block_bytes
-    for sequence in sequences:
-        driver.end(sequence)
-    assert driver.used_bytes == 0
 
 
 def test_room_is_what_a_hand_counts() -> None:

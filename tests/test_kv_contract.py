@@ -11,7 +11,7 @@ import torch
 from tiny import make_tiny_model
 
 from headrace.cache.checks import check_ledger
-from headrace.cache.policies.choice import POLICIES, make_policy
+from headrace.cache.policies.choice import POLICIES, make_policy, spell_policy
 from headrace.core import Chunk, InputError, SamplingParams, Sequence
 from headrace.engine.batch import build_batch
 from headrace.judge.driver import CacheDriver
@@ -239,3 +239,24 @@ def test_a_wrong_expression_says_what_is_wrong(kv: str, said: str) -> None:
     with pytest.raises(InputError) as failure:
         make_policy(kv)
     assert said in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("kv", "spelled", "whole"),
+    [
+        (" plain", "plain", "plain"),
+        ("kivi()", "kivi", "kivi(k=4, v=4, residual=32, first=0)"),
+        ("kivi( v=4,k = 4 )", "kivi(k=4, v=4)", "kivi(k=4, v=4, residual=32, first=0)"),
+        (
+            "tova(every=32,keep=0.50)+kivi(v=2)",
+            "tova(keep=0.5, every=32) + kivi(v=2)",
+            "tova(keep=0.5, every=32) + kivi(k=4, v=2, residual=32, first=0)",
+        ),
+        ("bfp(sort=False)", "bfp(sort=False)", "bfp(mantissa=4, block=32, v=4, sort=False, residual=32)"),
+    ],
+)
+def test_equal_policies_are_spelled_alike(kv: str, spelled: str, whole: str) -> None:
+    assert spell_policy(kv) == spell_policy(spelled) == spelled
+    assert spell_policy(kv, whole=True) == spell_policy(whole) == whole
+    with pytest.raises(InputError, match="there is no policy 'kivy'"):
+        spell_policy(f"{kv} + kivy")

@@ -29,7 +29,7 @@ from headrace.job import kv_budget
 from headrace.job.guard import CHECK_EVERY
 from headrace.job.intake import make_fingerprint, name_system, read_ask
 from headrace.job.journal import Journal
-from headrace.job.kv_budget import KVChoice, arrange, count_row_bytes, list_rows, list_trials, read_choice
+from headrace.job.kv_budget import KVChoice, arrange, count_row_bytes, list_rows, list_trials, read_kv_choice
 from headrace.job.loss import Loss, LossMeter, answer_fully
 from headrace.job.progress import Progress, State
 from headrace.job.run import run_job
@@ -313,7 +313,7 @@ def command(folder: Path, source: Path, output: Path) -> list[str]:
 
 def reopen(output: Path) -> KVChoice:
     journal = Journal(Path(f"{output}.journal"))
-    found = read_choice(journal)
+    found = read_kv_choice(journal)
     journal.close()
     assert found is not None
     return found

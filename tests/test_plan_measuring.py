@@ -25,7 +25,8 @@ from headrace.meter.operations import Piece
 from headrace.meter.step_time import StepTime, interpolate, spell_command
 from headrace.options import EngineOptions
 from headrace.plan import fitting
-from headrace.plan.fitting import Prober, fit_line, fit_parts, fit_wanted
+from headrace.plan.fitting import fit_line, fit_parts, fit_wanted
+from headrace.plan.prober import Prober
 
 UNKNOWN = replace(TIMES, tokens=[(1, 0.0), (2, 0.0)], wanted=[(1, 0.0), (2, 0.0)], chunk=0.0, own=0.0, shared=0.0)
 
@@ -127,7 +128,7 @@ def test_of_a_shared_prefix_no_more_counts_than_is_read() -> None:
 def quick_measuring(few_sizes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measurements of a cache folder of their own; the machine may be busy."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(fitting, "MOST_SCATTER", math.inf)
+    monkeypatch.setattr("headrace.plan.prober.MOST_SCATTER", math.inf)
     monkeypatch.setattr(fitting, "MOST_ERROR", math.inf)
     monkeypatch.setattr(fitting, "PAIR_ROUNDS", 1)
     yield
@@ -137,7 +138,7 @@ def test_too_little_kv_memory_is_said(few_sizes: None, tiny_model: Path) -> None
     with LLM(**asdict(engine_options(tiny_model, kv_cache_bytes=8192 * 20))) as llm:
         prober = KnownMachine(llm, TIMES)
         with pytest.raises(InputError, match="the KV memory is too small to measure steps of 8 sequences"):
-            prober.time_decode(8, 64)
+            prober.time_decode(prober.draw_prompts(8, 64))
 
 
 def test_advice_names_what_differs_from_the_defaults() -> None:

@@ -20,6 +20,7 @@ from headrace.job.drafts import Draft, encode_drafts, make_request, share_key
 from headrace.job.openai import Unknown
 from headrace.job.sources import CsvTable, JsonLines, ParquetTable, Row, looks_like_batch, sniff_kind
 from headrace.job.table import TableDrafter, compile_template, fill_template, read_constraint
+from headrace.job.tool_formats import HermesFormat
 from headrace.options import RunOptions
 
 CONTEXT = 1024
@@ -478,3 +479,12 @@ def test_equal_greedy_rows_share_a_key() -> None:
     assert key(temperature=1) is None
     others = [key((1, 3)), key((12,)), key(max_tokens=3), key(stop=("a",)), key(constraint=Constraint("regex", "a"))]
     assert len({key(), *others}) == 6
+
+
+def test_equal_rows_whose_tools_are_read_in_other_ways_share_no_key() -> None:
+    request, format = (
+        make_request(Draft(0, 1, "a", (1,), SamplingParams()), (1,), CONTEXT),
+        HermesFormat(lambda _: None),
+    )
+    keys = [share_key(request, each) for each in (None, format, format.single())]
+    assert len(set(keys)) == 3 and share_key(request, HermesFormat(lambda _: None)) == keys[1]

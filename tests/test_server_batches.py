@@ -34,8 +34,11 @@ from headrace import LLM
 from headrace.cache.policies.selecting import NoRoom
 from headrace.engine.engine import Engine
 from headrace.engine.outputs import RequestOutput
+from headrace.options import ServeOptions
 from headrace.server import batches as batches_module
+from headrace.server.batch_check import check_lines
 from headrace.server.batch_object import Batch, FileObject
+from headrace.server.models import Models
 from headrace.server.store import Store, make_id, now
 
 HERE = Path(__file__).parent
@@ -166,6 +169,7 @@ GOOD = json.dumps(batch_row("good", "x", model="tiny"))
         (GOOD.replace("POST", "GET"), 1, "invalid_value", "POST"),
         (GOOD.replace('"good"', '""'), 1, "invalid_value", "custom_id"),
         (GOOD.replace('"messages"', '"temperature": -1, "messages"'), 1, "invalid_value", "temperature"),
+        (GOOD.replace('"tiny"', "5"), 1, "invalid_value", "body.model"),
         (GOOD.replace('"messages"', '"wheels": 1, "messages"'), 1, "unknown_field", "wheels"),
         ("\n\n", None, "empty_file", "no rows"),
     ],
@@ -178,6 +182,25 @@ def test_one_wrong_line_fails_the_whole_batch(
     assert batch["errors"]["object"] == "list" and len(batch["errors"]["data"]) == 1
     error = batch["errors"]["data"][0]
     assert (error["line"], error["code"]) == (line, code) and word in error["message"]
+
+
+def test_rows_name_models_as_requests_do(client: TestClient, tiny_model: Path, tmp_path: Path) -> None:
+    names = {"none": {}, "name": {"model": "tiny"}, "path": {"model": str(tiny_model)}}
+    rows = [batch_row(name, "x", **fields) for name, fields in names.items()]
+    batch = watch(client, start_batch(client, encode(rows))["id"])
+    assert (batch["status"], batch["model"]) == ("completed", "tiny")
+    assert (
+        len({line["response"]["body"]["choices"][0]["message"]["content"] for line in outcome(client, batch)[0]}) == 1
+    )
+
+    other = tmp_path / "other"
+    other.symlink_to(tiny_model)
+    models = Models(engine_options(tiny_model), ServeOptions(also=(str(other),)))
+    rows += [batch_row(name, "x", model=name) for name in ("other", str(other), "gpt")]
+    path = write_lines(tmp_path / "in.jsonl", rows)
+    found = check_lines(path, "/v1/chat/completions", models.find, lambda: None)
+    codes = [(4, "mismatched_model"), (5, "mismatched_model"), (6, "model_not_found")]
+    assert [(error.line, error.code) for error in found.errors] == codes and found.model == "tiny"
 
 
 def test_at_most_a_hundred_errors_are_listed(client: TestClient) -> None:

@@ -52,7 +52,7 @@ HERMES, MISTRAL, LLAMA, DESCRIBED = FORMATS
 each_format = pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
 
 
-def function(name: str = "f", **more: Any) -> dict[str, Any]:
+def function(name: Any = "f", **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **more}}
 
 
@@ -71,9 +71,6 @@ def test_tools_are_read() -> None:
     second = Tool("g-1.x", "", {"type": "object", "properties": {}})
     assert tools == Tools((first, second), "g-1.x", False)
     assert tools.forced and tools.shown == (first, second) and tools.allowed == (second,)
-    assert read(functions=[{"name": "f"}], function_call={"name": "f"}) == Tools(
-        (Tool("f", "", {"type": "object", "properties": {}}),), "f", False
-    )
 
 
 @pytest.mark.parametrize("body", [{}, {"tools": []}, {"tool_choice": "auto"}, {"tools": [], "tool_choice": "none"}])
@@ -101,9 +98,7 @@ def test_no_tools(body: dict[str, Any]) -> None:
         ({"tools": [function()], "tool_choice": {"type": "allowed_tools"}}, "body.tool_choice.type"),
         ({"tool_choice": "required"}, "body.tool_choice is required, but"),
         ({"tool_choice": function("f")}, "body.tool_choice.function.name"),
-        ({"functions": [{"name": ""}]}, "body.functions[0].name"),
-        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "body.function_call.name"),
-        ({"functions": [{"name": "f"}], "tools": [function()]}, "exclude each other"),
+        ({"tool_choice": function([])}, "body.tool_choice.function.name"),
     ],
 )
 def test_wrong_tools_say_where(body: dict[str, Any], words: str) -> None:
@@ -308,6 +303,8 @@ def test_streamed_as_parsed_however_garbled(form: ToolFormat, text: str, places:
     assert join_events(stream_pieces(form, text, list(range(len(text))))) == (free, calls)
     if not calls:
         assert free == text
+    first = join_events(stream_pieces(form.single(), text, places))
+    assert first == form.single().parse(text) == (free, calls[:1])
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -122,6 +123,21 @@ def test_a_batch_hears_that_its_worker_has_ended(tiny_model: Path) -> None:
         assert isinstance(worker.ready.exception(), HeadraceError)
 
 
+def test_commands_without_end_keep_no_request_from_its_answer(tiny_model: Path) -> None:
+    with open_worker(tiny_model) as worker:
+        inlet, endless = WorkerInlet(worker, "batch", ""), [True]
+
+        def bring_another(engine: Engine) -> None:
+            if endless:
+                worker.call(bring_another)
+
+        worker.call(bring_another)
+        try:
+            assert ask(inlet, "plain", max_tokens=2).error is None
+        finally:
+            endless.clear()
+
+
 @asynccontextmanager
 async def open_service(model: Path, folder: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Worker]]:
     """The whole application, and the worker of its model."""
@@ -149,9 +165,51 @@ def test_those_who_wait_for_a_worker_that_ends_hear_of_it_and_it_is_not_ready(ti
                 await asyncio.sleep(0)
             worker.call(break_engine)
             assert (await waiting).status_code == 503
-            assert (await client.get("/ready")).status_code == 503
+            ready = await client.get("/ready")
+            assert ready.status_code == 503 and "its engine has ended" in ready.json()["error"]["message"]
             late = await client.post("/v1/completions", json=BODY)
             assert late.status_code == 503 and "its engine has ended" in late.text
+
+    asyncio.run(act())
+
+
+def test_what_a_request_has_compiled_stays_until_the_engine_wants_it(tiny_model: Path, tmp_path: Path) -> None:
+    async def act() -> None:
+        async with open_service(tiny_model, tmp_path) as (client, worker):
+            compiler, gate = worker.ready.result().engine.compiler, threading.Event()
+            long = Constraint("regex", "(" + "a" * HARMLESS_CHARACTERS + ")?b")
+            worker.call(lambda engine: gate.wait(60) and None)
+            try:
+                asking = asyncio.create_task(client.post("/v1/completions", json=BODY | {"guided_regex": long.value}))
+                while not worker.held:
+                    await asyncio.sleep(0.01)
+                for number in range(CACHED_GRAMMARS):
+                    await asyncio.to_thread(compiler.open_matcher, Constraint("regex", f"{number}c"))
+                assert not compiler.is_slow(long)
+            finally:
+                gate.set()
+            assert (await asking).status_code == 200
+
+    asyncio.run(act())
+
+
+def test_who_goes_before_the_engine_has_heard_of_him_costs_it_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    async def act() -> None:
+        async with open_service(tiny_model, tmp_path) as (client, worker):
+            gate, seen = threading.Event(), asyncio.Queue[list[str]]()
+            loop = asyncio.get_running_loop()
+            worker.call(lambda engine: gate.wait(60) and None)
+            try:
+                asking = asyncio.create_task(client.post("/v1/completions", json=BODY))
+                while not worker.held:
+                    await asyncio.sleep(0.01)
+                worker.call(lambda engine: loop.call_soon_threadsafe(seen.put_nowait, list(worker.exchanges)) and None)
+                asking.cancel()
+                await asyncio.wait([asking])
+                assert worker.held == 0
+            finally:
+                gate.set()
+            assert await seen.get() == []
 
     asyncio.run(act())
 

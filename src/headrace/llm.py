@@ -180,10 +180,10 @@ class LLM:
         Raises InputError for a policy that cannot serve the model, ValueError while a request is unfinished.
         """
         memory = self.resolved["kv_cache_bytes"]
-        options = replace(self.options, kv=kv, block_size=block_size, kv_cache_bytes=memory)
-        change_kv(self._require_open(), options)
+        asked = replace(self.options, kv=kv, block_size=block_size, kv_cache_bytes=memory)
+        options = change_kv(self._require_open(), asked)
         self.options = replace(options, kv_cache_bytes=self.options.kv_cache_bytes)
-        self.resolved |= {"kv": kv, "block_size": block_size}
+        self.resolved |= {"kv": options.kv, "block_size": block_size}
 
     def close(self) -> None:
         """Free the model and the KV cache. The LLM cannot be used after it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -36,9 +36,6 @@ class Checkpoint(Protocol):
     def path(self) -> Path:
         """The folder or the file."""
         ...
-
-    @property
-    def format(self) -> Literal["safetensors", "gguf"]: ...
 
     @property
     def config(self) -> dict[str, Any]: ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +47,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 class GgufCheckpoint:
     """One .gguf file. Opening it reads the header and checks that all of the model is there; see Checkpoint."""
-
-    format: Literal["safetensors", "gguf"] = "gguf"
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError for a damaged or truncated file, or a model that is not supported."""

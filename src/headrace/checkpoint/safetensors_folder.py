@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
 import torch
@@ -39,8 +39,6 @@ GEMMA3_TEXT = {
 
 class SafetensorsCheckpoint:
     """A folder with config.json and safetensors. Opening it checks that all shards are there and whole."""
-
-    format: Literal["safetensors", "gguf"] = "safetensors"
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError naming the file that is missing, damaged or refused."""

@@ -92,10 +92,10 @@ def tune(
 
     options = EngineOptions(model=model, precision=precision)  # type: ignore[arg-type]
     checkpoint = open_checkpoint(model)
-    choice = choose(options, checkpoint)
+    resolved = choose(options, checkpoint)
     with Console(stderr=True).status("tuning") as status:
         found = search(options, checkpoint, status.update)
-    path = save_tuned(checkpoint.hash(), choice.machine, choice.precision, found.kept)
+    path = save_tuned(checkpoint.hash(), resolved.machine, resolved.precision, found.kept)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found)))
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from headrace.meter.step_time import describe_setting, load_step_time, spell_com
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import ModelSettings, load_model
 from headrace.options import EngineOptions, PrecisionName
+from headrace.quant import FORMATS
 from headrace.quant.packed import read_note
 from headrace.schedule.budget import Deadline
 from headrace.schedule.choice import SCHEDULES
@@ -55,7 +57,7 @@ class LoadedEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ResolvedOptions:
     """What the settings come to on this machine for one model, before any weight is read.
 
     `options` are those asked for, with what `headrace tune` has found in place of defaults, and `step_tokens` as
@@ -86,7 +88,7 @@ class Choice:
         }
 
 
-def choose(options: EngineOptions, checkpoint: Checkpoint) -> Choice:
+def choose(options: EngineOptions, checkpoint: Checkpoint) -> ResolvedOptions:
     """Raises InputError for settings that cannot work here."""
     policy = make_policy(options.kv)
     options = replace(options, kv=spell_policy(options.kv))
@@ -94,15 +96,15 @@ def choose(options: EngineOptions, checkpoint: Checkpoint) -> Choice:
     precision, why = choose_precision(options, kernels.instruction_set, checkpoint.hash())
     machine = describe_machine(kernels.instruction_set)
     options = apply_tuned(options, checkpoint.hash(), machine, precision)
-    choice = Choice(options, kernels, precision, why, options.threads or count_cores(), policy)
+    resolved = ResolvedOptions(options, kernels, precision, why, options.threads or count_cores(), policy)
     if options.step_seconds is None:
-        return choice
-    found = load_step_time(describe_setting(checkpoint.hash(), machine, choice.settings))
+        return resolved
+    found = load_step_time(describe_setting(checkpoint.hash(), machine, resolved.settings))
     if found is None:
         raise InputError(f"step_seconds needs to know what steps take here, once: run `{spell_command(options)}`")
     most = found.most_tokens(options.step_seconds, options.step_tokens)
     deadline = Deadline(options.step_seconds, found)
-    return replace(choice, options=replace(options, step_tokens=most), deadline=deadline)
+    return replace(resolved, options=replace(options, step_tokens=most), deadline=deadline)
 
 
 def load_engine(options: EngineOptions) -> LoadedEngine:
@@ -112,42 +114,45 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     """
     watch = Stopwatch()
     checkpoint = open_checkpoint(options.model)
-    choice = choose(options, checkpoint)
-    options, kernels = choice.options, TimedKernels(choice.kernels, watch)
-    precision, threads = choice.precision, choice.threads
+    resolved = choose(options, checkpoint)
+    options, kernels = resolved.options, TimedKernels(resolved.kernels, watch)
+    precision, threads = resolved.precision, resolved.threads
     settings = ModelSettings(
         precision=precision,
         device=options.device,
         max_context=options.max_context,
         packed_path=name_packed(checkpoint, precision, kernels.name) if options.keep_packed else None,
+        outdated=list_outdated(checkpoint, kernels.name),
     )
     kernels.set_threads(threads)
     model = load_model(checkpoint, kernels, settings)
-    cache, state = open_cache(model, choice.policy, options)
-    state.limits = replace(state.limits, deadline=choice.deadline)
+    cache, state = open_cache(model, resolved.policy, options)
+    state.limits = replace(state.limits, deadline=resolved.deadline)
     context = model.config.context_length
     tokenizer = checkpoint.tokenizer()
-    meter = Meter(model.shape, load_peaks(choice.machine, threads), watch)
+    meter = Meter(model.shape, load_peaks(resolved.machine, threads), watch)
     engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule](), options.seed, meter)
     if options.kv_dir is not None:
-        cache.tier = open_tier(options, cache, state, identify(choice, checkpoint, model.note, context))
+        cache.tier = open_tier(options, cache, state, identify(resolved, checkpoint, model.note, context))
         engine.counters.kv_store = cache.tier.store.counts
-    resolved = choice.settings | {
+    settled = resolved.settings | {
         "weights": model.note,
         "kv_cache_bytes": cache.num_blocks * cache.layout.block_bytes,
         "max_context": model.config.context_length,
     }
-    return LoadedEngine(engine, options, tokenizer, name_model(checkpoint.path), checkpoint.hash(), resolved)
+    return LoadedEngine(engine, options, tokenizer, name_model(checkpoint.path), checkpoint.hash(), settled)
 
 
-def change_kv(engine: Engine, options: EngineOptions) -> None:
-    """Give an engine in which nothing waits or runs an empty cache of options.kv, within options.kv_cache_bytes.
+def change_kv(engine: Engine, options: EngineOptions) -> EngineOptions:
+    """Give an engine in which nothing waits or runs an empty cache of options.kv, within options.kv_cache_bytes. The
+    options come back with the policy as `spell_policy` has it.
 
     Raises InputError for a policy that cannot serve the model or a kv_dir that cannot be used, ValueError while a
     request is unfinished. The cache is then what it was.
     """
     if engine.unfinished:
         raise ValueError(f"the cache of an engine with {engine.unfinished} unfinished requests cannot be changed")
+    options = replace(options, kv=spell_policy(options.kv))
     cache, state = open_cache(engine.model, make_policy(options.kv), options)
     tier = engine.cache.tier
     if tier is not None:
@@ -156,13 +161,20 @@ def change_kv(engine: Engine, options: EngineOptions) -> None:
         if cache.tier.store is not tier.store:
             tier.close()
     engine.recache(cache, state)
+    return options
 
 
-def name_packed(checkpoint: Checkpoint, precision: str, kernels: str) -> Path:
+def name_packed(checkpoint: Checkpoint, precision: str, kernels: str, packing: int = PACKING) -> Path:
     """Where this model's packed weights lie: another model, configuration, format or form of packing lies elsewhere."""
-    facts = json.dumps([checkpoint.hash(), dict(checkpoint.config), precision, kernels, PACKING], default=str)
+    facts = json.dumps([checkpoint.hash(), dict(checkpoint.config), precision, kernels, packing], default=str)
     name = hashlib.sha256(facts.encode()).hexdigest()[:24]
     return cache_folder() / "packed" / f"{name}.safetensors"
+
+
+def list_outdated(checkpoint: Checkpoint, kernels: str) -> tuple[Path, ...]:
+    """Where earlier forms of packing kept this model's weights, in every format: nothing reads them any more."""
+    forms = product(FORMATS, range(1, PACKING))
+    return tuple(name_packed(checkpoint, precision, kernels, packing) for precision, packing in forms)
 
 
 def describe_weights(options: EngineOptions, checkpoint: Checkpoint, precision: str, kernels: str) -> str:
@@ -171,12 +183,12 @@ def describe_weights(options: EngineOptions, checkpoint: Checkpoint, precision: 
     return read_note(name_packed(checkpoint, precision, kernels)) if options.keep_packed else ""
 
 
-def identify(choice: Choice, checkpoint: Checkpoint, weights: str, context: int) -> str:
+def identify(resolved: ResolvedOptions, checkpoint: Checkpoint, weights: str, context: int) -> str:
     """Everything but tokens and policy that the bytes of a KV block depend on, as hexadecimal digits."""
-    options, kernels = choice.options, choice.kernels
+    options, kernels = resolved.options, resolved.kernels
     versions = [(name, number) for name, number in list_versions().items() if name in ("headrace", "torch")]
     model = [checkpoint.hash(), dict(checkpoint.config), weights, context]
-    arithmetic = [choice.precision, kernels.name, kernels.instruction_set, options.device, versions]
+    arithmetic = [resolved.precision, kernels.name, kernels.instruction_set, options.device, versions]
     facts = json.dumps([KEEPING, *model, *arithmetic], default=str)
     return hashlib.sha256(facts.encode()).hexdigest()
 
@@ -187,7 +199,7 @@ def open_tier(
     """The tier below the cache. Where the one before it has the same blocks, it takes over the store, whose files are
     locked. Raises InputError for a folder that cannot be used."""
     layout = cache.layout
-    root = hashlib.sha256(f"{identity} {options.kv} {layout}".encode())
+    root = hashlib.sha256(f"{identity} {spell_policy(options.kv, whole=True)} {layout}".encode())
     if before is not None and before.root == root.digest():
         store = before.store
     else:

@@ -101,8 +101,9 @@ def make_request(draft: Draft, tokens: array[int], context_length: int) -> Reque
     return Request(draft.id, tokens, params)
 
 
-def share_key(request: Request) -> bytes | None:
-    """Equal for rows whose answers must be equal: same tokens, same parameters, greedy. None for random rows."""
+def share_key(request: Request, format: ToolFormat | None = None) -> bytes | None:
+    """Equal for rows whose answers must be equal: same tokens, same parameters, greedy, and read in the same way. None
+    for random rows."""
     params = request.params
     if not params.greedy:
         return None
@@ -110,7 +111,9 @@ def share_key(request: Request) -> bytes | None:
     settings = repr(replace(params, seed=None) if params.seed is not None else params)
     settings += f" embed {request.embed}" if request.embed is not None else ""
     tokens = array("q", request.prompt_token_ids).tobytes()
-    return blake2b(settings.encode() + b"\0" + tokens, digest_size=16).digest()
+    key = blake2b(settings.encode() + b"\0" + tokens, digest_size=16).digest()
+    # An answer that may call tools is read in another way, and so is one that may call only one.
+    return key + (b"" if format is None else b" with tools" if format.parallel else b" with one tool")
 
 
 def default_params(sampling: SamplingOptions) -> SamplingParams:

@@ -174,10 +174,8 @@ class Feed:
         """Into the engine, or to an equal row that is in it, or straight to the answer of one that is finished."""
         request, draft = make_request(draft, tokens, self.inlet.context_length), forget_prompt(draft)
         shortened = request.params.max_tokens < draft.params.max_tokens
-        key = share_key(request)
+        key = share_key(request, draft.format)
         if key is not None:
-            # An answer that may call tools is read in another way.
-            key += b"" if draft.format is None else b" with tools"
             twin = self._by_key.get(key)
             if twin is not None:
                 self._held.bytes += twin.join(draft, shortened)

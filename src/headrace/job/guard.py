@@ -13,7 +13,7 @@ from headrace.engine.outputs import RequestOutput
 from headrace.job.feed import Feed
 from headrace.job.inlet import EngineInlet
 from headrace.job.journal import Journal
-from headrace.job.kv_budget import KVChoice, keep_choice
+from headrace.job.kv_budget import KVChoice, keep_kv_choice
 from headrace.job.loss import LossMeter, answer_fully
 from headrace.job.progress import Progress
 from headrace.job.sample import LEAST_ROWS
@@ -45,7 +45,7 @@ class Guard:
         refused: list[RequestOutput] = []
         if self._compared:
             # The rows are in the journal by now: after a crash none is compared, and counted, again.
-            keep_choice(self.journal, self.choice)
+            keep_kv_choice(self.journal, self.choice)
             self._compared = False
         if self.inlet.paused and not engine.unfinished:
             refused = self._go_on()
@@ -79,7 +79,7 @@ class Guard:
         """finished: requests that are not in the engine any more."""
         choice, engine = self.choice, self.llm.engine
         choice.fell_back = choice.checks.rows
-        keep_choice(self.journal, choice)
+        keep_kv_choice(self.journal, choice)
         self.progress.say(
             f"kv {choice.kv} loses {format_loss(choice.checks.describe(), 'checked rows')}, and "
             f"{format_share(choice.budget)} is allowed: rows that have not begun are computed with the full cache"

@@ -232,10 +232,10 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
     tokenizer = checkpoint.tokenizer()
     vocabulary = f"{tokenizer.backend.to_str()}\0{tokenizer.chat_template}\0{sorted(tokenizer.eos_token_ids)}"
     engine, run = ask.engine, ask.run
-    choice = open_site(engine, checkpoint).choice
+    resolved = open_site(engine, checkpoint).resolved
     # The full cache's results do not depend on the size of its blocks, those of others do.
-    lossy = choice.options.kv != FULL or ask.kv_loss is not None
-    kernels, precision = choice.kernels, choice.precision
+    lossy = resolved.options.kv != FULL or ask.kv_loss is not None
+    kernels, precision = resolved.kernels, resolved.precision
     facts = {
         "input": input_hash,
         "model": checkpoint.hash(),
@@ -246,7 +246,7 @@ def make_fingerprint(ask: Ask, input_hash: str, checkpoint: Checkpoint) -> dict[
         "kernels": kernels.name,
         "instruction_set": kernels.instruction_set,
         "device": engine.device,
-        "kv": None if choice.options.kv == FULL else choice.options.kv,
+        "kv": None if resolved.options.kv == FULL else resolved.options.kv,
         "kv_loss": ask.kv_loss,
         "block_size": engine.block_size if lossy else None,
         "seed": engine.seed,

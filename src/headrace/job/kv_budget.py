@@ -97,12 +97,12 @@ class KVChoice:
         }
 
 
-def read_choice(journal: Journal) -> KVChoice | None:
+def read_kv_choice(journal: Journal) -> KVChoice | None:
     kept = journal.read_meta(KEPT)
     return None if kept is None else msgspec.convert(kept, KVChoice)
 
 
-def keep_choice(journal: Journal, choice: KVChoice) -> None:
+def keep_kv_choice(journal: Journal, choice: KVChoice) -> None:
     journal.write_meta(KEPT, choice)
 
 
@@ -114,7 +114,7 @@ def settle_kv(job: Job, llm: LLM, progress: Progress, check_stop: Callable[[], N
     block_size = job.ask.engine.block_size
     # What `headrace tune` prefers does not count here: what a smaller cache loses depends on the size of its blocks.
     llm.use_kv(FULL, block_size)
-    choice = read_choice(job.journal)
+    choice = read_kv_choice(job.journal)
     if choice is None:
         began = time.monotonic()
         drafter = job.ask.make_drafter(job.batch, llm.tokenizer)
@@ -122,7 +122,7 @@ def settle_kv(job: Job, llm: LLM, progress: Progress, check_stop: Callable[[], N
         with llm.engine.meter.watch.whole("measuring loss"):
             choice = choose_kv(llm, requests, budget, progress, check_stop)
         choice.seconds = time.monotonic() - began
-        keep_choice(job.journal, choice)
+        keep_kv_choice(job.journal, choice)
     elif choice.fell_back is not None:
         progress.say(f"kv {FULL}, as {choice.kv} was given up before")
     else:

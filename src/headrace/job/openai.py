@@ -18,7 +18,7 @@ from headrace.job.drafts import Draft
 from headrace.job.fields import MOST_TOKENS, Fields, read_structure
 from headrace.job.table import render_chat
 from headrace.job.tool_formats import choose_format
-from headrace.job.tools import Tools, read_message_tools, read_tools
+from headrace.job.tools import Tools, read_message_tools, read_tools, refuse_older_tools
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # Every step looks at all of them, for each of up to 128 answers.
@@ -98,6 +98,7 @@ class BodyReader:
         if top is not None and not wanted:
             raise RowError("invalid_value", f"{fields.prefix}top_logprobs needs {fields.prefix}logprobs to be true")
         params, own = self._params(fields, (top or 0) if wanted else None)
+        refuse_older_tools(fields)
         settings = fields.mapping("chat_template_kwargs") or {}
         if RESERVED & settings.keys():
             wrong = ", ".join(sorted(RESERVED & settings.keys()))
@@ -124,7 +125,7 @@ class BodyReader:
                     "invalid_value", f"{self.prefix}tool_choice asks for a call, and another field for a form"
                 )
             params = replace(params, constraint=Constraint("grammar", self.format.grammar(tools)))
-        return replace(draft, params=params, format=self.format)
+        return replace(draft, params=params, format=self.format if tools.parallel else self.format.single())
 
     def _completion(self, fields: Fields, draft: Draft) -> Draft:
         prompt = read_prompt(fields.take("prompt"), f"{fields.prefix}prompt")

@@ -100,7 +100,7 @@ def read_pile(
             except RowError:
                 pile.failed += 1
                 continue
-            key = share_key(request)
+            key = share_key(request, draft.format)
             if key is not None and key in keys:
                 pile.equal += 1
                 continue

@@ -55,7 +55,7 @@ def plan_job(ask: Ask, expected: int | None, compare: bool, tell: Tell) -> dict[
         "failed": pile.failed,
         **foresee(site, pile, ask.run.price_per_hour),
         "settings": {name: site.settings[name] for name in SHOWN},
-        "precision_reason": site.choice.precision_reason,
+        "precision_reason": site.resolved.precision_reason,
         "kv_reason": explain_kv(ask.kv_loss) if ask.kv_loss else None,
     }
     if compare:
@@ -94,12 +94,12 @@ def list_changes(site: Site) -> Iterator[tuple[str, dict[str, Any]]]:
     for precision in FORMATS:
         yield f"precision {precision}", {"precision": precision}
     for threads in list_threads(count_cores()):
-        yield f"threads {threads}", {"precision": site.choice.precision, "threads": threads}
+        yield f"threads {threads}", {"precision": site.resolved.precision, "threads": threads}
     budget = site.memory.num_blocks * site.memory.layout.block_bytes
     for kv in COMPARED:
-        yield f"KV {kv}", {"precision": site.choice.precision, "kv": kv}
+        yield f"KV {kv}", {"precision": site.resolved.precision, "kv": kv}
     for parts in (4, 16):
-        yield f"KV memory / {parts}", {"precision": site.choice.precision, "kv_cache_bytes": max(1, budget // parts)}
+        yield f"KV memory / {parts}", {"precision": site.resolved.precision, "kv_cache_bytes": max(1, budget // parts)}
 
 
 def list_threads(cores: int) -> list[int]:

@@ -17,7 +17,7 @@ from headrace.job.guard import Guard
 from headrace.job.inlet import EngineInlet
 from headrace.job.intake import STDIN, Job, open_job, read_ask
 from headrace.job.journal import Finished
-from headrace.job.kv_budget import read_choice, settle_kv
+from headrace.job.kv_budget import read_kv_choice, settle_kv
 from headrace.job.progress import Progress, State
 from headrace.job.records import Traits
 from headrace.job.results import write_results
@@ -204,7 +204,7 @@ def drop_spool(job: Job) -> None:
 
 def make_report(job: Job, work: Work) -> dict[str, Any]:
     """Rows and tokens of this run at the top; of the whole job, over all its runs, under `job`."""
-    totals, choice = job.journal.totals(), read_choice(job.journal)
+    totals, choice = job.journal.totals(), read_kv_choice(job.journal)
     return {
         "requests": work.rows,
         "succeeded": work.rows - work.failed,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from itertools import takewhile
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from headrace.job.tool_stream import Marks, ToolCall, ToolStream, join_events
 from headrace.job.tools import Tool, Tools
@@ -24,7 +24,9 @@ MISTRAL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
 class ToolFormat(Protocol):
-    """One family's way with tools."""
+    """One family's way with tools. `parallel`: an answer may have several calls."""
+
+    parallel: bool
 
     def prepare(self, messages: list[Message], tools: Tools | None) -> tuple[list[Message], list[Message] | None]:
         """The messages to render, with earlier calls and results as the template understands them, and the template's
@@ -33,6 +35,10 @@ class ToolFormat(Protocol):
 
     def grammar(self, tools: Tools) -> str:
         """A Lark grammar of llguidance: one call of an allowed tool, several if `tools.parallel`, nothing else."""
+        ...
+
+    def single(self) -> Self:
+        """The same, not parallel: of the calls that a model writes, its first is read and the others are left out."""
         ...
 
     def parse(self, text: str) -> tuple[str, list[ToolCall]]:
@@ -50,8 +56,12 @@ class TemplateFormat:
     marks: ClassVar[Marks] = Marks("<tool_call>", "</tool_call>")
     arguments: ClassVar[str] = "arguments"
 
-    def __init__(self, find_token: FindToken) -> None:
+    def __init__(self, find_token: FindToken, parallel: bool = True) -> None:
         self.find_token = find_token
+        self.parallel = parallel
+
+    def single(self) -> Self:
+        return type(self)(self.find_token, parallel=False)
 
     def prepare(self, messages: list[Message], tools: Tools | None) -> tuple[list[Message], list[Message] | None]:
         shown = describe_tools(tools)
@@ -67,7 +77,7 @@ class TemplateFormat:
         return join_events(self.open_stream().push(text, last=True))
 
     def open_stream(self) -> ToolStream:
-        return ToolStream(self.marks)
+        return ToolStream(self.marks, self.parallel)
 
     def write_grammar(self, tools: Tools, several: str, one: str) -> str:
         """The rules of a format: `several` or `one` is what starts, made of `call`, a call's object."""

@@ -66,13 +66,15 @@ class Malformed(Exception):
 
 
 class ToolStream:
-    """Turns an answer's text, as it comes, into events. Text between calls that is only space is left out.
+    """Turns an answer's text, as it comes, into events. Text between calls that is only space is left out, and so are
+    all calls but the first unless they may be `parallel`.
 
     The reading is written as if the whole text were there: its generators pause wherever the text runs out.
     """
 
-    def __init__(self, marks: Marks) -> None:
+    def __init__(self, marks: Marks, parallel: bool = True) -> None:
         self.marks = marks
+        self.parallel = parallel
         self._text = ""  # from the last point that reading may have to go back to
         self._at = 0
         self._ended = False
@@ -88,7 +90,7 @@ class ToolStream:
         self._ended = self._ended or last
         self._events = []
         next(self._steps, None)
-        return self._events
+        return [each for each in self._events if self.parallel or isinstance(each, Text) or each.index == 0]
 
     def _read(self) -> Steps:
         if self.marks.bare:

@@ -12,6 +12,8 @@ from headrace.job.fields import Fields
 
 MOST_TOOLS = 128
 CHOICES = ("none", "auto", "required")
+# Fields of the form that OpenAI had first, and those that took their place.
+OLDER = {"functions": "tools", "function_call": "tool_choice"}
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
@@ -52,13 +54,8 @@ class Tools:
 
 
 def read_tools(fields: Fields) -> Tools | None:
-    """The body's `tools`, `tool_choice` and `parallel_tool_calls`, or the older `functions` and `function_call`, which
-    allow one call an answer. None where it has no tools. Raises RowError."""
-    if fields.has("tools") and fields.has("functions"):
-        raise RowError("invalid_value", f"{fields.prefix}tools and {fields.prefix}functions exclude each other")
-    older = fields.has("functions")
-    name = "functions" if older else "tools"
-    listed, path = fields.take(name), f"{fields.prefix}{name}"
+    """The body's `tools`, `tool_choice` and `parallel_tool_calls`. None where it has no tools. Raises RowError."""
+    listed, path = fields.take("tools"), f"{fields.prefix}tools"
     listed = [] if listed is None else listed
     if not isinstance(listed, list):
         raise wrong(path, "a list", listed)
@@ -66,24 +63,26 @@ def read_tools(fields: Fields) -> Tools | None:
         raise RowError("invalid_value", f"{path} may hold {MOST_TOOLS} tools, got {len(listed)}")
     tools: dict[str, Tool] = {}
     for place, value in enumerate(listed):
-        tool, where = read_tool(value, f"{path}[{place}]", fields, older)
+        tool, where = read_tool(value, f"{path}[{place}]", fields)
         if tool.name in tools:
             raise RowError("invalid_value", f"{where} is {tool.name!r}, as an earlier tool: names must differ")
         tools[tool.name] = tool
-    choice = read_choice(fields, "function_call" if older else "tool_choice", tools)
+    choice = read_choice(fields, tools)
     parallel = fields.switch("parallel_tool_calls") is not False
-    return Tools(tuple(tools.values()), choice, parallel and not older) if tools else None
+    return Tools(tuple(tools.values()), choice, parallel) if tools else None
 
 
-def read_tool(value: Any, path: str, around: Fields, older: bool) -> tuple[Tool, str]:
-    """One tool and the path of its name. An older one is the function itself, with nothing around it."""
-    outer = open_object(value, path, around)
-    if older:
-        inner = outer
-    else:
-        check_type(outer)
-        inner = open_object(outer.take("function"), f"{outer.prefix}function", around)
-        outer.report()
+def refuse_older_tools(fields: Fields) -> None:
+    """Raise RowError for tools in the form that OpenAI had first: who asks in it wants calls in another form, too."""
+    for older, newer in OLDER.items():
+        if fields.has(older):
+            message = f"{fields.prefix}{older}: the older form of tools is not supported; say it with {newer}"
+            raise RowError("unsupported_field", message)
+
+
+def read_tool(value: Any, path: str, around: Fields) -> tuple[Tool, str]:
+    """One tool and the path of its name."""
+    inner = open_function(value, path, around)
     where = f"{inner.prefix}name"
     name = inner.take("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -107,15 +106,17 @@ def read_parameters(function: Fields) -> dict[str, Any]:
     return {"type": "object"} | schema
 
 
-def read_choice(fields: Fields, name: str, tools: dict[str, Tool]) -> str:
-    value, path = fields.take(name), f"{fields.prefix}{name}"
+def read_choice(fields: Fields, tools: dict[str, Tool]) -> str:
+    value, path = fields.take("tool_choice"), f"{fields.prefix}tool_choice"
     if value is None:
         return "auto"
     if isinstance(value, dict):
-        chosen, path = read_chosen(value, path, fields)
-        if chosen not in tools:
-            raise wrong(path, "the name of one of the body's tools", chosen)
-        return str(chosen)
+        function = open_function(value, path, fields)
+        chosen = function.take("name")
+        function.report()
+        if not isinstance(chosen, str) or chosen not in tools:
+            raise wrong(f"{function.prefix}name", "the name of one of the body's tools", chosen)
+        return chosen
     if value not in CHOICES:
         raise wrong(path, "none, auto, required or an object that names a function", value)
     if value == "required" and not tools:
@@ -123,17 +124,13 @@ def read_choice(fields: Fields, name: str, tools: dict[str, Tool]) -> str:
     return str(value)
 
 
-def read_chosen(value: dict[str, Any], path: str, around: Fields) -> tuple[Any, str]:
-    """The name that a choice gives, and its path. `function_call` holds it directly, `tool_choice` in `function`."""
-    inner = Fields(value, f"{path}.", parent=around)
-    if not path.endswith("function_call"):
-        check_type(inner)
-        function = open_object(inner.take("function"), f"{inner.prefix}function", around)
-        inner.report()
-        inner = function
-    name = inner.take("name")
-    inner.report()
-    return name, f"{inner.prefix}name"
+def open_function(value: Any, path: str, around: Fields) -> Fields:
+    """The `function` in an object of that type. Raises RowError."""
+    outer = open_object(value, path, around)
+    check_type(outer)
+    inner = open_object(outer.take("function"), f"{outer.prefix}function", around)
+    outer.report()
+    return inner
 
 
 def read_message_tools(message: Fields, role: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace.checkpoint import Checkpoint
 from headrace.core import InputError
 from headrace.engine.forward import compute_hidden
-from headrace.engine.loading import name_packed
+from headrace.engine.loading import list_outdated, name_packed
 from headrace.engine.memory import read_available_bytes
 from headrace.judge.quality import measure_perplexity
 from headrace.kernels import Kernels, Matrix, PackedWeight
@@ -130,7 +130,8 @@ def keep(checkpoint: Checkpoint, kernels: Kernels, way: Rounding | None) -> None
     if way is None:
         path.unlink(missing_ok=True)
         return
-    load_model(checkpoint, kernels, ModelSettings(precision="int4", packed_path=path, rounding=way))
+    outdated = list_outdated(checkpoint, kernels.name)
+    load_model(checkpoint, kernels, ModelSettings("int4", packed_path=path, outdated=outdated, rounding=way))
     if read_note(path) != way.note:
         raise InputError(f"the 4-bit weights cannot be kept in {path.parent}: make room there and run it again")
 

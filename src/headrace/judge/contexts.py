@@ -1,5 +1,5 @@
-"""The shared-context suite: its tasks by name, grouped by the ability they try, at any size. Knows no tokens: it only
-guesses how many a text has. After SCBench (arXiv 2412.10319), with contexts made from a seed and real text.
+"""The shared-context suite: its tasks by name, at any size. Knows no tokens: it only guesses how many a text has.
+After SCBench (arXiv 2412.10319), with contexts made from a seed and real text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 from headrace.judge.contexts_global import NUMBERS, many_shot, math_find
 from headrace.judge.contexts_strings import multi_needle, prefix_suffix, retr_kv, trace_variables
 from headrace.judge.contexts_text import find_sentence, match_lead, next_sentence
-from headrace.judge.episodes import MANY, Episode, Filler, Turn
+from headrace.judge.episodes import Episode, Filler
 
 # What a small model of some hundred million parameters can still read.
 TOKENS = 500
@@ -32,20 +32,9 @@ CHARACTERS = 4
 
 def mix(task: str, first: Episode, second: Episode) -> Episode:
     """A task of two contexts one after the other, and their turns alternating, the first one's first."""
-    context = f"{first.context}\n{second.context}"
-    start = len(first.context) + 1
-    turns = zip_longest(
-        (move(turn, 0, len(first.context), len(context)) for turn in first.turns),
-        (move(turn, start, len(second.context), len(context)) for turn in second.turns),
-    )
-    asked = tuple(turn for turn in chain.from_iterable(turns) if turn is not None)
-    return Episode(context, asked, MANY, task, first.control or second.control)
-
-
-def move(turn: Turn, start: int, length: int, total: int) -> Turn:
-    """A turn about a part of a context: `length` of its `total` characters, from `start` on."""
-    depth = None if turn.depth is None else (start + turn.depth * length) / total
-    return Turn(turn.query, turn.answer, turn.choices, depth)
+    turns = chain.from_iterable(zip_longest(first.turns, second.turns))
+    asked = tuple(turn for turn in turns if turn is not None)
+    return Episode(f"{first.context}\n{second.context}", asked, task)
 
 
 def mix_kv_needle(filler: Filler, seed: int, tokens: int) -> Episode:
@@ -66,7 +55,8 @@ def trace(filler: Filler, seed: int, tokens: int) -> Episode:
     return trace_variables(filler, seed, chains, hops, noise)
 
 
-# By ability, in the paper's order. Same name, text, seed and size give the same episode.
+# By what they try, in the paper's order: retrieval by string, retrieval by meaning, global information, many tasks.
+# Same name, text, seed and size give the same episode.
 TASKS: dict[str, Task] = {
     "retr_kv": lambda filler, seed, tokens: retr_kv(seed, tokens // WORD_PAIR),
     "retr_kv_uuid": lambda filler, seed, tokens: retr_kv(seed, tokens // UUID_PAIR, "uuid"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from headrace.core import InputError
-from headrace.judge.episodes import GLOBAL, Episode, Turn, check_least, find_depth, read_words, start_random
+from headrace.judge.episodes import Episode, Turn, check_least, read_words, start_random
 
 # What is asked for, and where it is among the sorted numbers.
 STATISTICS: dict[str, tuple[str, Callable[[Sequence[int]], int]]] = {
@@ -48,9 +48,8 @@ def math_find(seed: int, n: int = 21, statistics: Sequence[str] = ("max", "min",
     turns = []
     for name in statistics:
         words, find = STATISTICS[name]
-        answer = str(find(sorted(numbers)))
-        turns.append(Turn(f"\nThe {words} number in the list is ", answer, depth=find_depth(context, answer)))
-    return Episode(context, tuple(turns), GLOBAL, "math_find")
+        turns.append(Turn(f"\nThe {words} number in the list is ", str(find(sorted(numbers)))))
+    return Episode(context, tuple(turns), "math_find")
 
 
 def many_shot(seed: int, n: int = 40, labels: int = 3, turns: int = 4) -> Episode:
@@ -77,4 +76,4 @@ def many_shot(seed: int, n: int = 40, labels: int = 3, turns: int = 4) -> Episod
     source.shuffle(questions)
     choices = tuple(f" {name}" for name in sorted(names))
     turns_asked = tuple(Turn(question.query, question.answer, choices) for question in questions)
-    return Episode("Things and their labels:\n" + "\n".join(shots) + "\n", turns_asked, GLOBAL, "many_shot")
+    return Episode("Things and their labels:\n" + "\n".join(shots) + "\n", turns_asked, "many_shot")

@@ -15,13 +15,11 @@ from typing import Literal
 
 from headrace.core import InputError
 from headrace.judge.episodes import (
-    STRINGS,
     Episode,
     Filler,
     Turn,
     check_least,
     draw_number,
-    find_depth,
     read_words,
     spread,
     start_random,
@@ -66,12 +64,11 @@ def retr_kv(seed: int, n: int = 20, key: Literal["word", "uuid"] = "word", turns
     context = "A JSON object of keys and values:\n" + json.dumps(values) + "\n"
     asked = [keys[place] for place in spread(turns, n)]
     source.shuffle(asked)
-    return Episode(context, tuple(ask_key(context, name, values[name]) for name in asked), STRINGS, task)
+    return Episode(context, tuple(ask_key(name, values[name]) for name in asked), task)
 
 
-def ask_key(context: str, key: str, value: int) -> Turn:
-    pair = f'"{key}": {value}'
-    return Turn(f'\nThe value of this key in the object is\n"{key}": ', str(value), depth=find_depth(context, pair))
+def ask_key(key: str, value: int) -> Turn:
+    return Turn(f'\nThe value of this key in the object is\n"{key}": ', str(value))
 
 
 def make_word_keys(source: random.Random, n: int) -> list[str]:
@@ -97,28 +94,23 @@ def cycle_to(items: list[str], n: int) -> list[tuple[int, str]]:
 
 def multi_needle(filler: Filler, seed: int, k: int = 4, length: int = 2000) -> Episode:
     """`k` passkeys of five digits in `length` characters of real text, needle i of 1 to k at depth i / (k + 1), to the
-    nearest end of a sentence; each turn asks one, in random order. The control asks a place that the text never names
-    for its passkey. Raises InputError where the text is too short or names too many of the places."""
+    nearest end of a sentence; each turn asks one, in random order. Raises InputError where the text is too short or
+    names too many of the places."""
     check_least("the number of passkeys", k, 1)
     source = start_random("multi_needle", seed)
     sentences = take_sentences(filler, length - k * NEEDLE_ROOM, source)
     text = " ".join(sentences)
     free = [place for place in PLACES if place not in text]
-    if k >= len(free):
-        raise InputError(f"only {max(len(free) - 1, 0)} passkeys can be told from the text's own words, not {k}")
-    places = source.sample(free, k + 1)
+    if k > len(free):
+        raise InputError(f"only {len(free)} passkeys can be told from the text's own words, not {k}")
+    places = source.sample(free, k)
     codes: list[str] = []
-    while len(codes) <= k:
+    while len(codes) < k:
         codes.append(draw_number(source, 5, text, *codes))
-    needles = [f"The passkey of {place} is {code}." for place, code in zip(places[:k], codes, strict=False)]
-    context = " ".join(plant(sentences, needles)) + "\n"
-    turns = [
-        Turn(f"\nThe passkey of {place} is ", code, depth=find_depth(context, needle))
-        for place, code, needle in zip(places, codes, needles, strict=False)
-    ]
+    needles = [f"The passkey of {place} is {code}." for place, code in zip(places, codes, strict=True)]
+    turns = [Turn(f"\nThe passkey of {place} is ", code) for place, code in zip(places, codes, strict=True)]
     source.shuffle(turns)
-    control = Turn(f"\nThe passkey of {places[k]} is ", codes[k])
-    return Episode(context, tuple(turns), STRINGS, "multi_needle", control)
+    return Episode(" ".join(plant(sentences, needles)) + "\n", tuple(turns), "multi_needle")
 
 
 def plant(sentences: list[str], needles: list[str]) -> list[str]:
@@ -156,14 +148,9 @@ def prefix_suffix(seed: int, n: int = 20, length: int = 8, turns: int = 4) -> Ep
     context = "A list of words:\n" + "\n".join(weave(asked, others)) + "\n"
     source.shuffle(asked)
     questions = [
-        Turn(
-            f'\nThe word that begins with "{word[:END]}" and ends with "{word[-END:]}":\n',
-            word,
-            depth=find_depth(context, word),
-        )
-        for word in asked
+        Turn(f'\nThe word that begins with "{word[:END]}" and ends with "{word[-END:]}":\n', word) for word in asked
     ]
-    return Episode(context, tuple(questions), STRINGS, "prefix_suffix")
+    return Episode(context, tuple(questions), "prefix_suffix")
 
 
 def ends(word: str) -> tuple[str, str]:
@@ -197,15 +184,11 @@ def trace_variables(filler: Filler, seed: int, chains: int = 4, hops: int = 2, n
         reached[chain] += 1
     context = "\n".join(mix_noise(lines, sentences)) + "\n"
     turns = [
-        Turn(
-            f"\nThe number that variable {names[(chain + 1) * (hops + 1) - 1]} holds is ",
-            values[chain],
-            depth=find_depth(context, f"VAR {names[chain * (hops + 1)]} = {values[chain]}"),
-        )
+        Turn(f"\nThe number that variable {names[(chain + 1) * (hops + 1) - 1]} holds is ", values[chain])
         for chain in range(chains)
     ]
     source.shuffle(turns)
-    return Episode(context, tuple(turns), STRINGS, "trace_variables")
+    return Episode(context, tuple(turns), "trace_variables")
 
 
 def draw_names(source: random.Random, count: int, text: str) -> list[str]:

@@ -15,14 +15,11 @@ from collections.abc import Mapping, Sequence
 
 from headrace.core import InputError
 from headrace.judge.episodes import (
-    GLOBAL,
-    MEANING,
     Episode,
     Filler,
     Turn,
     check_least,
     clip_sentences,
-    find_depth,
     read_words,
     split_sentences,
     spread,
@@ -55,16 +52,11 @@ def find_sentence(filler: Filler, seed: int, length: int = 2000, turns: int = 4)
     source = start_random("find_sentence", seed)
     sentences = take_sentences(filler, length, source)
     found = pick_described(describe_all(sentences, OPENING), len(sentences), turns, source)
-    context = join(sentences)
     questions = [
-        Turn(
-            f"\nThe sentence about {words} begins with the words:",
-            f" {cut_opening(sentences[index])}",
-            depth=find_depth(context, sentences[index]),
-        )
+        Turn(f"\nThe sentence about {words} begins with the words:", f" {cut_opening(sentences[index])}")
         for index, words in found
     ]
-    return Episode(context, tuple(questions), MEANING, "find_sentence")
+    return Episode(join(sentences), tuple(questions), "find_sentence")
 
 
 def next_sentence(filler: Filler, seed: int, length: int = 2000, turns: int = 4) -> Episode:
@@ -76,7 +68,6 @@ def next_sentence(filler: Filler, seed: int, length: int = 2000, turns: int = 4)
     described = describe_all(sentences, 0)
     askable = {index: described[index] for index in described if openings[index + 1 : index + 2] not in ([], [None])}
     found = pick_described(askable, len(sentences), turns, source)
-    context = join(sentences)
     questions = []
     for index, words in found:
         answer = f" {openings[index + 1]}"
@@ -84,8 +75,8 @@ def next_sentence(filler: Filler, seed: int, length: int = 2000, turns: int = 4)
         choices = [answer, *source.sample(others, min(CHOICES - 1, len(others)))]
         source.shuffle(choices)
         query = f"\nThe sentence right after the one about {words} begins with the words:"
-        questions.append(Turn(query, answer, tuple(choices), find_depth(context, sentences[index])))
-    return Episode(context, tuple(questions), MEANING, "next_sentence")
+        questions.append(Turn(query, answer, tuple(choices)))
+    return Episode(join(sentences), tuple(questions), "next_sentence")
 
 
 def match_lead(filler: Filler, seed: int, length: int = 2000, turns: int = 4) -> Episode:
@@ -104,16 +95,15 @@ def match_lead(filler: Filler, seed: int, length: int = 2000, turns: int = 4) ->
             f"{len(leads)} paragraphs of three sentences or more fit into {length} characters, and {least} are needed: "
             "give whole paragraphs, or ask for more characters"
         )
-    parts = [f"Paragraph {number}: {bodies[lead]}" for number, lead in enumerate(leads, 1)]
-    context = "\n".join(parts) + "\n"
+    context = "\n".join(f"Paragraph {number}: {bodies[lead]}" for number, lead in enumerate(leads, 1)) + "\n"
     questions = []
     for index in spread(turns, len(leads)):
         others = [lead for lead in leads if lead != leads[index]]
         choices = [f" {lead}" for lead in (leads[index], *source.sample(others, min(CHOICES - 1, len(others))))]
         query = f"\nParagraph {index + 1} in one sentence:"
-        questions.append(Turn(query, choices[0], tuple(sorted(choices)), find_depth(context, parts[index])))
+        questions.append(Turn(query, choices[0], tuple(sorted(choices))))
     source.shuffle(questions)
-    return Episode(context, tuple(questions), GLOBAL, "match_lead")
+    return Episode(context, tuple(questions), "match_lead")
 
 
 def cut_leads(filler: Filler, room: int) -> dict[str, str]:

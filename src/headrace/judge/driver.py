@@ -88,10 +88,6 @@ class CacheDriver:
             settle(self.ledger, chunk, sequence, exactly)
         return hidden
 
-    def end(self, sequence: Sequence) -> None:
-        """Give a sequence's blocks back."""
-        self.ledger.release(sequence)
-
 
 def open_sequence(ledger: KVLedger, prompt: Rows[int], number: int) -> Sequence:
     sequence = Sequence(Request(str(number), tuple(prompt), SamplingParams()), 0, number, [])

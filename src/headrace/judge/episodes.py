@@ -9,20 +9,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 from headrace.core import InputError
 
 Mode = Literal["multi_turn", "multi_request"]
 MODES: tuple[Mode, ...] = ("multi_turn", "multi_request")
-
-STRINGS = "retrieval by string"
-MEANING = "retrieval by meaning"
-GLOBAL = "global information"
-MANY = "many tasks"
-# The paper's four, in its order.
-ABILITIES = (STRINGS, MEANING, GLOBAL, MANY)
 
 # Real text: a paragraph each.
 Filler = Sequence[str]
@@ -38,14 +31,12 @@ class Turn:
     likeliest, else by what is generated.
 
     `query` begins with a line break, and `query` and `answer` join as they are: the space between them belongs to the
-    one that keeps a tokenizer from splitting a word. `depth` is where in the context the evidence begins, as a share
-    of its characters in [0, 1); None where it is spread over all of it.
+    one that keeps a tokenizer from splitting a word.
     """
 
     query: str
     answer: str
     choices: tuple[str, ...] = ()
-    depth: float | None = None
 
 
 class Piece(NamedTuple):
@@ -58,17 +49,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """A context and what is asked about it, one turn after the other.
-
-    `control` asks for something that the context never says, in the words of the turns that it does say: what a gold
-    answer is likelier than a control's answer, the cache has contributed.
-    """
+    """A context and what is asked about it, one turn after the other."""
 
     context: str
     turns: tuple[Turn, ...]
-    ability: str
     task: str
-    control: Turn | None = None
 
     def pieces(self, mode: Mode) -> Iterator[Piece]:
         """What to run, a piece a turn.
@@ -82,12 +67,6 @@ class Episode:
             yield Piece(seen, turn.query, turn.answer)
             if mode == "multi_turn":
                 seen += turn.query + turn.answer
-
-    def ask_control(self) -> Episode:
-        """The same context with the control as its only turn. Raises ValueError where there is none."""
-        if self.control is None:
-            raise ValueError(f"{self.task} has no control")
-        return replace(self, turns=(self.control,), control=None)
 
 
 def start_random(task: str, seed: int) -> random.Random:
@@ -115,11 +94,6 @@ def weave(asked: Sequence[Item], others: Sequence[Item]) -> list[Item]:
     places = dict(zip(spread(len(asked), len(asked) + len(others)), asked, strict=True))
     rest = iter(others)
     return [places[place] if place in places else next(rest) for place in range(len(asked) + len(others))]
-
-
-def find_depth(context: str, evidence: str) -> float:
-    """Where the evidence begins, as a share of the context's characters. Raises ValueError if it is not there."""
-    return context.index(evidence) / len(context)
 
 
 def draw_number(source: random.Random, digits: int, *texts: str) -> str:

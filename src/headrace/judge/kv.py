@@ -35,7 +35,7 @@ WAYS: tuple[Way, ...] = ("prefix", "stream")
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class Degradation:
     """What a policy loses to the plain cache.
 
     dnll   nats a token that the policy's mean negative log-probability is above the plain cache's
@@ -61,8 +61,8 @@ class Judgement:
     kv: str
     context: int
     windows: int
-    prefix: Loss
-    stream: Loss
+    prefix: Degradation
+    stream: Degradation
     bytes_per_token: float
     attention_ns: float
 
@@ -140,7 +140,7 @@ class KVJudge:
             hidden.append(torch.stack(rows, 1))
         return Reading(torch.cat(hidden), fmean(sizes), median(times) * 1e9)
 
-    def compare(self, hidden: Tensor) -> Loss:
+    def compare(self, hidden: Tensor) -> Degradation:
         """Hidden states [windows, TAIL, hidden] beside the plain cache's."""
         deltas, divergences, agreements = [], [], []
         for window, mine, plain in zip(self.windows, hidden, self.plain, strict=True):
@@ -149,7 +149,7 @@ class KVJudge:
             deltas.append(float((first - second).gather(1, targets).double().mean()))
             divergences.append(float((first.exp() * (first - second)).sum(-1).double().mean()))
             agreements.append(float((first.argmax(-1) == second.argmax(-1)).double().mean()))
-        return Loss(fmean(deltas), stdev(deltas) / len(deltas) ** 0.5, fmean(divergences), fmean(agreements))
+        return Degradation(fmean(deltas), stdev(deltas) / len(deltas) ** 0.5, fmean(divergences), fmean(agreements))
 
     def find_perplexity(self) -> float:
         """The plain cache's perplexity of the tokens that are compared."""

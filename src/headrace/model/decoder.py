@@ -5,7 +5,7 @@ Works on one ragged batch of tokens. Knows nothing of requests, schedules or fil
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,11 +34,6 @@ class Layer:
     down: Linear
     attention_post_norm: Tensor | None = None
     mlp_post_norm: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        parts = [getattr(self, each.name) for each in fields(self)] + [self.heads.query_norm, self.heads.key_norm]
-        return sum(part.nbytes for part in parts if isinstance(part, Tensor | Linear))
 
 
 class Model:
@@ -75,12 +70,6 @@ class Model:
         return [part for each in layers for part in (each.query_key_value, each.output, each.gate_up, each.down)] + [
             self.head
         ]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        ends = self.embedding.nbytes + self.head.nbytes + self.final_norm.nbytes
-        return ends + sum(layer.nbytes for layer in self.layers)
 
     @property
     def kv_shape(self) -> KVShape:

@@ -52,12 +52,14 @@ class Rounding:
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
     """How a model is laid out in memory. max_context cuts the context that the checkpoint allows; packed_path is where
-    its packed weights are kept for the next start, None to keep nothing; rounding is for every product but the head."""
+    its packed weights are kept for the next start, None to keep nothing; `outdated` are files that are removed once
+    that one is written; rounding is for every product but the head."""
 
     precision: PrecisionName = "fp32"
     device: str = "cpu"
     max_context: int | None = None
     packed_path: Path | None = None
+    outdated: tuple[Path, ...] = ()
     rounding: Rounding | None = None
 
 
@@ -117,7 +119,8 @@ class _Loader:
         self.device = settings.device
         self.format = FORMATS[settings.precision]
         self.rounding = settings.rounding
-        self.packed = PackedFile(settings.packed_path, settings.rounding.note if settings.rounding else "")
+        note = settings.rounding.note if settings.rounding else ""
+        self.packed = PackedFile(settings.packed_path, note, settings.outdated)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of this shape. Raises ModelError naming what is missing or how its shape differs."""

@@ -8,152 +8,34 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
-from headrace.core import Chunk, InputError, Request, SamplingParams
+from headrace.core import Request, SamplingParams
 from headrace.llm import LLM
 from headrace.meter.energy import EnergyCounter
 from headrace.meter.operations import Piece
-from headrace.meter.peaks import ATTEMPTS, MOST_SCATTER, NoisyMachine, describe_machine
+from headrace.meter.peaks import NoisyMachine, describe_machine
 from headrace.meter.step_time import StepTime, Table, describe_setting
+from headrace.plan.prober import Probe, Prober
 from headrace.plan.simulator import Memory, Simulator, Task
-from headrace.schedule.pieces import describe_pieces
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 WANTED = (1, 2, 4, 8, 16, 32, 64, 128)
-ROUNDS, SAMPLES = 2, 3
+ROUNDS = 2
 # Of what is a difference of two measurements: of three the one in the middle knows nothing of a disturbed one.
 PAIR_ROUNDS = 3
 MOST_ERROR = 0.15
 SHORT, LONG = 16, 1024
+# Prompts that are computed for the sake of what follows them are as short as can be.
+BRIEF = 1
 
 Tell = Callable[[str], None]
 
 
-class Probe(NamedTuple):
-    """Seconds of a step, and its pieces, as the meter and the simulator describe them."""
-
-    seconds: float
-    pieces: list[Piece]
-
-
-class Prober:
-    """Makes an engine compute steps of a wanted form and times them. Nothing runs before and after."""
-
-    def __init__(self, llm: LLM) -> None:
-        self.engine = llm.engine
-        self.context = llm.context_length
-        self.limits = llm.engine.state.limits
-        self.layout = llm.engine.cache.layout
-        # What one step may compute of one prompt.
-        self.most_chunk = self.layout.most_chunk or llm.context_length
-        self._draw = random.Random(0)
-        self._names: list[str] = []
-
-    def text(self, length: int) -> tuple[int, ...]:
-        return tuple(self._draw.randrange(self.engine.model.config.vocab_size) for _ in range(length))
-
-    def add(self, prompt: tuple[int, ...], output: int) -> None:
-        self._names.append(f"probe {len(self._names)}")
-        self.engine.add(Request(self._names[-1], prompt, SamplingParams(max_tokens=output, ignore_eos=True)))
-
-    def step(self) -> float:
-        began = time.perf_counter()
-        self.engine.step()
-        if self.engine.cache.device != "cpu":
-            torch.cuda.synchronize()  # a step that chooses no token does not wait for its arithmetic
-        return time.perf_counter() - began
-
-    def limit(self, step_tokens: int) -> None:
-        self.engine.state.limits = replace(self.limits, step_tokens=step_tokens)
-
-    def clear(self) -> None:
-        for name in self._names:
-            self.engine.abort(name)
-        self._names.clear()
-        self.engine.state.limits = self.limits
-
-    def fits(self, tokens: int) -> bool:
-        """Whether a step may compute so many tokens without reaching a prompt's end."""
-        prompts = -(-tokens // self.most_chunk)
-        return prompts <= self.limits.max_sequences and min(tokens, self.most_chunk) + SHORT < self.context
-
-    def time_chunk(self, tokens: int) -> Probe:
-        """A step of so many tokens at the start of a prompt, or of several where the layout bounds its chunks."""
-        parts = [min(self.most_chunk, tokens - start) for start in range(0, tokens, self.most_chunk)]
-
-        def sample() -> float:
-            for _ in parts:
-                self.add(self.text(parts[0] + SHORT), 1)
-            return self._time_prompts(tokens, 1)[0]
-
-        return Probe(settle(sample, f"chunks of {tokens} tokens"), [Piece(0, part, 0, False) for part in parts])
-
-    def time_chunks(self, length: int, chunks: int) -> list[float]:
-        """Seconds of neighbouring chunks of one prompt."""
-        self.add(self.text(length * chunks + SHORT), 1)
-        return self._time_prompts(length, chunks)
-
-    def _time_prompts(self, tokens: int, steps: int) -> list[float]:
-        """Seconds of steps of so many tokens of the prompts that wait; none of them is computed to its end."""
-        before = self.engine.counters.computed_prompt_tokens
-        self.limit(tokens)
-        seconds = [self.step() for _ in range(steps)]
-        require(self.engine.counters.computed_prompt_tokens - before == tokens * steps, f"{tokens} tokens")
-        self.clear()
-        return seconds
-
-    def time_decode(self, sequences: int, context: int, shared: bool = False) -> Probe:
-        """A step that gives each of these sequences a token; with a context that is one's own or all's."""
-        prefix = self.text(context) if shared else ()
-        # Prompts are computed at once, so that none has ended when the last one begins to generate.
-        self.limit(sequences * (context + SHORT + 1))
-        for _ in range(sequences):
-            self.add((prefix or self.text(context)) + self.text(SHORT if shared else 1), ATTEMPTS * SAMPLES + 4)
-        while any(each.output_length == 0 for each in self.engine.state.sequences.values()):
-            self.engine.step()
-        looked = []
-
-        def sample() -> float:
-            looked.append(self._look())
-            return self.step()
-
-        seconds = settle(sample, f"steps of {sequences} sequences at {context} tokens")
-        require(len(self.engine.state.running) == sequences, f"{sequences} sequences")
-        self.clear()
-        # Contexts grow from step to step: those of the sample in the middle.
-        return Probe(seconds, looked[-1 - SAMPLES // 2])
-
-    def _look(self) -> list[Piece]:
-        """The next step of what runs, a token of each. What a policy leaves of a context, or chooses of it, is what
-        counts, as it does where a time is foreseen."""
-        state = self.engine.state
-        scheduled = [(Chunk(each.number, each.computed, 1), each) for each in state.running]
-        return describe_pieces(scheduled, self.layout, state.ledger.pool.references)
-
-
-def require(fitted: bool, what: str) -> None:
-    if not fitted:
-        raise InputError(f"the KV memory is too small to measure steps of {what}: free some memory")
-
-
-def settle(sample: Callable[[], float], what: str) -> float:
-    """The median of a few samples. Raises NoisyMachine where their middle half still scatters by more than a fifth."""
-    for _ in range(ATTEMPTS):
-        seconds = [sample() for _ in range(SAMPLES)]
-        low, middle, high = statistics.quantiles(seconds, n=4)
-        if (high - low) / middle <= 2 * MOST_SCATTER:
-            return middle
-    raise NoisyMachine(
-        f"{what}: {SAMPLES} measurements scatter by {(high - low) / middle:.0%} (at most {2 * MOST_SCATTER:.0%} is "
-        "believed): something else uses this machine; try again when it is quiet"
-    )
-
-
 def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
-    """Measure the step times of a loaded model; takes less than a minute for small ones on a fast processor.
+    """Measure the step times of a loaded model; takes less than a minute for small ones.
 
     Raises NoisyMachine where times scatter too much to be believed, InputError where the KV memory is too small.
     """
@@ -205,7 +87,7 @@ def fit_tokens(prober: Prober, found: StepTime, tell: Tell) -> Table:
 
 def fit_chunk(prober: Prober, found: StepTime, tell: Tell) -> float:
     """Seconds a pair of a token and one that it sees, in chunks: the slope over the chunks of a long prompt."""
-    length = min(512, prober.context // 8, prober.most_chunk)
+    length = min(256, prober.context // 8, prober.most_chunk)
     tell("a long prompt")
     tries = [prober.time_chunks(length, 7) for _ in range(ROUNDS)]
     seconds = [min(times) for times in zip(*tries, strict=True)]
@@ -217,11 +99,12 @@ def fit_context(prober: Prober, found: StepTime, kind: Literal["own", "shared"],
     """Seconds a pair in steps of one token a sequence: over each one's own context, or over one that all read."""
     # A shared token costs far less than an own one: it takes many to be told from what a step varies by.
     shared = kind == "shared"
-    sequences, far = (min(64, prober.limits.max_sequences), 2 * LONG) if shared else (8, LONG)
+    sequences, far = (min(64, prober.limits.max_sequences), 2 * LONG) if shared else (4, LONG)
     far = min(far, prober.context // 2)
+    piles = [prober.draw_prompts(sequences, context, shared) for context in (SHORT, far)]
     tell(f"contexts of {far} tokens")
     # In turn, so that what the machine does meanwhile counts for both.
-    rounds = [[prober.time_decode(sequences, context, shared) for context in (SHORT, far)] for _ in range(ROUNDS)]
+    rounds = [[prober.time_decode(prompts) for prompts in piles] for _ in range(ROUNDS)]
     low, high = (min(probes, key=lambda probe: probe.seconds) for probes in zip(*rounds, strict=True))
     pairs = count_pairs(found, kind, high.pieces) - count_pairs(found, kind, low.pieces)
     # A policy may read no more of a long context than of a short one.
@@ -234,7 +117,7 @@ def fit_wanted(prober: Prober, found: StepTime, tell: Tell) -> Table:
     def measure(count: int, turn: int) -> tuple[Probe, Probe]:
         tell(f"{count} sequences, round {turn + 1} of {PAIR_ROUNDS}")
         # Beside each other: a difference of two moments a minute apart would be the machine's.
-        return prober.time_decode(count, SHORT), prober.time_chunk(count)
+        return prober.time_decode(prober.draw_prompts(count, BRIEF)), prober.time_chunk(count)
 
     counts = [each for each in WANTED if each <= prober.limits.max_sequences and prober.fits(each)]
     rounds = [[measure(count, turn) for count in counts] for turn in range(PAIR_ROUNDS)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from headrace.checkpoint import Checkpoint
 from headrace.engine.caching import size_cache
-from headrace.engine.loading import Choice, choose
+from headrace.engine.loading import ResolvedOptions, choose
 from headrace.meter.step_time import StepTime, describe_setting, load_step_time
 from headrace.model import describe_kv
 from headrace.model.loading import limit_context, read_config
@@ -20,24 +20,26 @@ from headrace.quant import FORMATS
 class Site:
     """`settings` are the options as they come out here. step_time is None where nobody has measured it."""
 
-    choice: Choice
+    resolved: ResolvedOptions
     memory: Memory
     step_time: StepTime | None
 
     @property
     def options(self) -> EngineOptions:
-        return self.choice.options
+        return self.resolved.options
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.choice.settings
+        return self.resolved.settings
 
 
 def open_site(options: EngineOptions, checkpoint: Checkpoint) -> Site:
     """Raises InputError for settings that cannot work here, ModelError for a model that is not supported."""
-    choice = choose(options, checkpoint)
-    options = choice.options
+    resolved = choose(options, checkpoint)
+    options = resolved.options
     config = limit_context(read_config(checkpoint.config), options.max_context)
-    num_blocks, layout = size_cache(describe_kv(config, FORMATS[choice.precision].dtype), choice.policy, options)
+    shape = describe_kv(config, FORMATS[resolved.precision].dtype)
+    num_blocks, layout = size_cache(shape, resolved.policy, options)
     memory = Memory(layout, num_blocks, config.context_length)
-    return Site(choice, memory, load_step_time(describe_setting(checkpoint.hash(), choice.machine, choice.settings)))
+    setting = describe_setting(checkpoint.hash(), resolved.machine, resolved.settings)
+    return Site(resolved, memory, load_step_time(setting))

@@ -67,7 +67,7 @@ def rank_simulated(options: EngineOptions, checkpoint: Checkpoint, tell: Tell) -
     site = open_site(options, checkpoint)
     if site.step_time is None:
         raise InputError(f"tuning begins with simulations: measure what steps take first: `{spell_command(options)}`")
-    tasks, found = list(make_pile(512, site.memory.context_length)), []
+    tasks, found = list(make_workload(512, site.memory.context_length)), []
     for step_tokens, most in product(STEP_TOKENS, MAX_SEQUENCES):
         tell(f"simulating {step_tokens} tokens a step, {most} sequences")
         changes = {"step_tokens": step_tokens, "max_sequences": most}
@@ -89,7 +89,7 @@ def run_trials(options: EngineOptions, settings: Sequence[dict[str, int]], tell:
 
 def run_pile(settings: dict[str, Any]) -> float:
     with LLM(**settings) as llm:
-        tasks = list(make_pile(128, llm.context_length))
+        tasks = list(make_workload(128, llm.context_length))
         prompts, params = [task.request.prompt_token_ids for task in tasks], [task.request.params for task in tasks]
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
         began = time.perf_counter()
@@ -97,7 +97,7 @@ def run_pile(settings: dict[str, Any]) -> float:
         return time.perf_counter() - began
 
 
-def make_pile(count: int, context_length: int) -> Iterator[Task]:
+def make_workload(count: int, context_length: int) -> Iterator[Task]:
     """Rows as piles have them: some share an instruction, most are short, outputs are shorter."""
     draw, most = random.Random(0), context_length // 4
     roots = [[draw.randrange(3, 1000) for _ in range(min(96, most))] for _ in range(4)]

@@ -86,10 +86,6 @@ class Linear:
         """residual += x in place unless that is None, then this product of its norm (`Kernels.norm_linear`)."""
         return self.kernels.norm_linear(x, residual, norm, eps, self.weight)
 
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
-
     def describe(self, name: str, layers: int, wanted_layers: int) -> Product:
         """What the meter needs to count this product, in so many layers (see `Product`)."""
         weight = self.weight

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,15 +39,23 @@ def read_note(path: Path) -> str:
         return ""
 
 
+def remove_files(paths: Iterable[Path]) -> None:
+    """Remove those that are there. Who has one mapped keeps it; one that cannot be removed only takes room."""
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+
+
 class PackedFile:
     """Parts (tensors by name, and whole numbers) by the name of what they are parts of. `path` None keeps nothing.
 
     note says in words how they were made where that was not the usual way; such a file is read and written whatever its
-    size. One that is given replaces what is there."""
+    size. One that is given replaces what is there. `outdated` files go once this one is written."""
 
-    def __init__(self, path: Path | None, note: str = "") -> None:
+    def __init__(self, path: Path | None, note: str = "", outdated: Sequence[Path] = ()) -> None:
         self.path = path
         self.note = note
+        self.outdated = outdated
         self._found: dict[str, tuple[Parts, Numbers]] = {}
         self._new: dict[str, tuple[Parts, Numbers]] = {}
         if path is not None and path.exists() and not note:
@@ -73,7 +83,8 @@ class PackedFile:
         usual = LEAST_BYTES <= sum(each.nbytes for each in tensors.values()) <= MOST_BYTES
         if self.path is None or not (usual or self.note):
             return
-        part = self.path.with_name(f"{self.path.name}.part")
+        # Of a name of its own: two starts at once that wrote into one file could leave holes in it.
+        part = self.path.with_name(f"{self.path.name}.{uuid4().hex}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part, metadata=numbers | {NOTE: self.note})
@@ -82,8 +93,13 @@ class PackedFile:
                 os.fsync(file.fileno())
             part.replace(self.path)
         except (OSError, SafetensorError) as error:
-            log.warning("packed weights are not kept for the next start: %s", error)
-            part.unlink(missing_ok=True)
+            # Another start that was done first has removed the part, and its file is as good.
+            if not (isinstance(error, FileNotFoundError) and self.path.exists()):
+                log.warning("packed weights are not kept for the next start: %s", error)
+            remove_files([part])
+        else:
+            # Also the parts that killed starts have left.
+            remove_files([*self.outdated, *self.path.parent.glob(f"{self.path.name}.*part")])
 
     def _read(self, path: Path) -> None:
         try:

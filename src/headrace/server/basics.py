@@ -12,9 +12,8 @@ from headrace import __version__
 from headrace.checkpoint import Tokenizer
 from headrace.core import RowError
 from headrace.job.fields import Fields
-from headrace.job.openai import read_messages
-from headrace.job.table import render_chat
 from headrace.server.calls import Call, answer, open_call
+from headrace.server.chunks import take_stream
 from headrace.server.errors import ApiError, from_row_error
 from headrace.server.service import Service
 
@@ -40,31 +39,34 @@ async def retrieve_model(http: HttpRequest) -> Response:
 
 
 async def tokenize(http: HttpRequest) -> Response:
-    """Token ids of a text (`prompt`) or of a conversation (`messages`)."""
+    """Token ids of a text (`prompt`), or of the prompt that /v1/chat/completions makes of the body (`messages`)."""
     call = await open_call(http)
+    warnings: tuple[str, ...] = ()
     try:
-        tokens = await run_in_threadpool(read_tokens, call)
+        if call.body.get("messages") is None:
+            tokens = await run_in_threadpool(encode_text, call)
+        else:
+            take_stream(call.body)
+            draft, packed = await run_in_threadpool(call.encode_chat, call.body)
+            tokens, warnings = list(packed), draft.warnings
     except RowError as error:
         raise from_row_error(error) from None
-    return answer({"tokens": tokens, "count": len(tokens), "max_model_len": call.llm.context_length})
+    found = {"tokens": tokens, "count": len(tokens), "max_model_len": call.llm.context_length}
+    return answer(found | ({"warnings": list(warnings)} if warnings else {}))
 
 
-def read_tokens(call: Call) -> list[int]:
+def encode_text(call: Call) -> list[int]:
+    """Token ids of a body's text. Raises RowError."""
     fields, tokenizer = Fields(call.body, ""), call.llm.tokenizer
     fields.take("model")
     special = fields.switch("add_special_tokens")
-    if fields.has("messages"):
-        text = render_chat(tokenizer, read_messages(fields))
-        special = bool(special)
-    else:
-        given = fields.text("prompt")
-        if given is None:
-            raise RowError("missing_field", "prompt is missing: give a text, or messages")
-        text, special = given, special is not False
+    text = fields.text("prompt")
+    if text is None:
+        raise RowError("missing_field", "prompt is missing: give a text, or messages")
     if fields.left():
         raise RowError("unknown_field", f"{', '.join(fields.left())}: not supported; take it out")
     tokenizer.refuse_longer(text, call.llm.context_length)
-    return tokenizer.encode(text, special=special)
+    return tokenizer.encode(text, special=special is not False)
 
 
 async def detokenize(http: HttpRequest) -> Response:
@@ -107,12 +109,23 @@ async def show_health(http: HttpRequest) -> Response:
 
 
 async def show_ready(http: HttpRequest) -> Response:
-    """Whether requests are taken: not before the first model is loaded, nor while the server closes."""
-    service: Service = http.app.state.service
-    ready = any(name == service.models.first for name, _, _ in service.models.loaded())
-    if service.draining or not ready:
-        raise ApiError(503, "not_ready", "the server is closing down" if service.draining else "the model is loading")
+    """Whether requests are taken, and else why not."""
+    obstacle = find_obstacle(http.app.state.service)
+    if obstacle is not None:
+        raise ApiError(503, "not_ready", obstacle)
     return answer({"status": "ready"})
+
+
+def find_obstacle(service: Service) -> str | None:
+    """Why the first model answers nobody at the moment; None where it does."""
+    if service.draining:
+        return "the server is closing down"
+    name = service.models.first
+    ready = service.models.workers[name].ready
+    if not ready.done():
+        return f"{name} is loading"
+    error = ready.exception()
+    return None if error is None else f"{name} cannot answer: {error}"
 
 
 async def show_version(http: HttpRequest) -> Response:

@@ -15,12 +15,13 @@ from headrace.job.batch_rows import LINE_FIELDS
 from headrace.job.drafts import Drafter
 from headrace.job.sources import JsonLines, Row
 from headrace.server.batch_object import MOST_ERRORS, BatchError
-from headrace.server.errors import find_param
-from headrace.server.names import find_name
+from headrace.server.errors import ApiError, find_param
 
 MOST_ROWS = 50_000
 # Lines and bodies, some milliseconds of work, between two pauses in which other threads have Python to themselves.
 MANY_LINES, MANY_BODIES = 256, 16
+# The served name of the model that a row names, or of the first where it names none. Raises ApiError for another.
+FindModel = Callable[[str | None], str]
 
 
 @dataclass(slots=True)
@@ -37,8 +38,8 @@ class Findings:
             self.errors.append(BatchError(code, message, line, param))
 
 
-def check_lines(path: Path, endpoint: str, models: list[str], pause: Callable[[], None]) -> Findings:
-    """Check lines, ids, endpoints and models. A row that names no model means the first of `models`.
+def check_lines(path: Path, endpoint: str, find_model: FindModel, pause: Callable[[], None]) -> Findings:
+    """Check lines, ids, endpoints and models.
 
     `pause` is called every now and then, and may raise what ends the check.
     """
@@ -53,7 +54,7 @@ def check_lines(path: Path, endpoint: str, models: list[str], pause: Callable[[]
             found.add("blank_line", "the line is blank: each line must be a JSON object", line + 1)
         line, found.rows = row.line, row.index + 1
         try:
-            check_row(row, endpoint, models, found)
+            check_row(row, endpoint, find_model, found)
         except RowError as error:
             found.add(error.code, str(error), row.line, find_param(str(error)))
     if not found.rows:
@@ -61,7 +62,7 @@ def check_lines(path: Path, endpoint: str, models: list[str], pause: Callable[[]
     return found
 
 
-def check_row(row: Row, endpoint: str, models: list[str], found: Findings) -> None:
+def check_row(row: Row, endpoint: str, find_model: FindModel, found: Findings) -> None:
     """Raises RowError for what is wrong with a row beside the others."""
     if row.error is not None:
         raise row.error
@@ -75,13 +76,16 @@ def check_row(row: Row, endpoint: str, models: list[str], found: Findings) -> No
         raise RowError("duplicate_custom_id", f"custom_id {name!r:.80} is that of line {first} already")
     if value["url"] != endpoint:
         raise RowError("mismatched_url", f"url is {value['url']!r:.80}; the batch is for {endpoint}")
-    asked = (body.get("model") if isinstance(body, dict) else None) or models[0]
-    model = find_name(asked, models) if isinstance(asked, str) else None
-    if model is None:
-        raise RowError("model_not_found", f"body.model is {asked!r:.80}, not served here; {', '.join(models)} is")
+    asked = body.get("model") if isinstance(body, dict) else None
+    if not isinstance(asked, str | None):
+        raise RowError("invalid_value", f"body.model must be a text, got {asked!r:.80}")
+    try:
+        model = find_model(asked)
+    except ApiError as error:
+        raise RowError(error.code, f"body.{error}") from None
     found.model = found.model or model
     if model != found.model:
-        raise RowError("mismatched_model", f"body.model is {model!r:.80}; the rows before name {found.model!r:.80}")
+        raise RowError("mismatched_model", f"body.model means {model!r:.80}; the rows before name {found.model!r:.80}")
 
 
 def check_bodies(path: Path, drafter: Drafter, found: Findings, pause: Callable[[], None]) -> None:

@@ -47,8 +47,8 @@ COUNT_SECONDS = 1.0
 class Models(Protocol):
     """The models that a server has. Every method may be called from any thread."""
 
-    def known_models(self) -> list[str]:
-        """Names that rows may give; the first is meant where a row gives none."""
+    def find(self, name: str | None) -> str:
+        """The served name that a row means. Raises ApiError where it means none."""
         ...
 
     def open_worker(self, name: str) -> Worker:
@@ -153,8 +153,8 @@ class BatchRun:
     # Before the first row.
 
     def _validate(self) -> None:
-        path, models = self.store.path_of(self.batch.input_file_id), self.models.known_models()
-        found = check_lines(path, self.batch.endpoint, models, self._pause)
+        path = self.store.path_of(self.batch.input_file_id)
+        found = check_lines(path, self.batch.endpoint, self.models.find, self._pause)
         if not found.errors:
             with self.models.hold(str(found.model)):
                 _, llm = self._open_model(str(found.model))

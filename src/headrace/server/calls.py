@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -23,8 +23,9 @@ from starlette.responses import Response
 from headrace.core import Constraint, HeadraceError, Request, RowError
 from headrace.engine.deltas import Delta
 from headrace.engine.outputs import RequestOutput
+from headrace.engine.structure import Matcher
 from headrace.job.drafts import Draft, encode_drafts, make_request
-from headrace.job.openai import BodyReader
+from headrace.job.openai import CHAT, BodyReader
 from headrace.llm import LLM
 from headrace.server.errors import ApiError, from_row_error
 from headrace.server.exchange import Exchange
@@ -65,6 +66,7 @@ class Call:
         self.ends = asyncio.get_running_loop().time() + self.seconds
         self._exchanges: list[Exchange] = []
         self._grants: list[Grant] = []
+        self._matchers: list[Matcher] = []
 
     @property
     def owner(self) -> str:
@@ -87,8 +89,7 @@ class Call:
         return found
 
     def _understand(self, url: str, bodies: list[Mapping[str, Any]], name: str) -> list[tuple[Draft, Request]]:
-        service, tokenizer = self.service, self.llm.tokenizer
-        reader = BodyReader(tokenizer, service.defaults(self.llm), service.options.unknown_fields, prefix="")
+        reader, tokenizer = self._open_reader(), self.llm.tokenizer
         names = [name if place == 0 else f"{name}-{place}" for place in range(len(bodies))]
         drafts = [reader.read(url, body, own) for body, own in zip(bodies, names, strict=True)]
         for draft in drafts:
@@ -100,11 +101,26 @@ class Call:
             found.append((draft, self._own(request)))
         return found
 
+    def encode_chat(self, body: Mapping[str, Any]) -> tuple[Draft, Sequence[int]]:
+        """What a body of /v1/chat/completions asks for and the tokens of its prompt, also where these are somewhat more
+        than the context holds. Raises RowError."""
+        draft = self._open_reader().read(CHAT, body, "count")
+        self.llm.tokenizer.refuse_longer(str(draft.prompt), self.llm.context_length)
+        (tokens,) = encode_drafts([draft], self.llm.tokenizer)
+        return draft, tokens
+
+    def _open_reader(self) -> BodyReader:
+        service = self.service
+        return BodyReader(self.llm.tokenizer, service.defaults(self.llm), service.options.unknown_fields, prefix="")
+
     async def _compile(self, constraint: Constraint) -> None:
-        """Compile a constraint before it comes to the engine. Large ones take long: they wait for each other only."""
+        """Compile a constraint before it comes to the engine. Large ones take long: they wait for each other only.
+
+        It is kept: else what others compile meanwhile could push it out, and the engine's thread would do it again.
+        """
         compiler = self.llm.engine.compiler
         limiter = self.service.compiling if compiler.is_slow(constraint) else None
-        await run_sync(compiler.open_matcher, constraint, limiter=limiter)
+        self._matchers.append(await run_sync(compiler.open_matcher, constraint, limiter=limiter))
 
     def _own(self, request: Request) -> Request:
         """The request with what the body and the key say of its order."""
@@ -197,6 +213,7 @@ class Call:
         used = 0
         for exchange in self._exchanges:
             if not exchange.done:
+                exchange.dropped = True
                 self.worker.cancel(exchange.request.id)
             self.worker.held -= exchange.request.params.n
             used += self.service.observer.note(self.model, exchange, self.http.scope)

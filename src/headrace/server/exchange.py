@@ -38,6 +38,7 @@ class Exchange:
     """Made in the event loop, handed to a worker. `advance` and `finish` are called in the worker's thread, which then
     calls `wake` in the loop; everything else belongs to the loop.
 
+    `dropped`, set in the loop, says that nobody will read it: a worker that has not begun with it leaves it out.
     `written` counts the tokens of the answer so far. A reader that is slow finds more in each piece: what waits for it
     is never more than the answer.
     """
@@ -46,6 +47,7 @@ class Exchange:
         self.request = request
         self.timing = Timing()
         self.written = 0
+        self.dropped = False
         self._readers = [DeltaReader(tokenizer, request.params) for _ in range(request.params.n)]
         self._deltas: deque[Delta] = deque()
         self.output: RequestOutput | None = None

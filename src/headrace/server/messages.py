@@ -14,8 +14,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headrace.core import RowError
-from headrace.job.drafts import Draft, encode_drafts
-from headrace.job.openai import CHAT, BodyReader
+from headrace.job.drafts import Draft
+from headrace.job.openai import CHAT
 from headrace.server.calls import Call, answer, open_call
 from headrace.server.errors import ApiError, describe_error, from_row_error
 from headrace.server.exchange import Exchange
@@ -56,19 +56,10 @@ async def count_message_tokens(http: HttpRequest) -> Response:
     call = await open_call(http)
     asked = understand(call, counting=True)
     try:
-        count = await run_in_threadpool(count_prompt, call, asked)
+        _, tokens = await run_in_threadpool(call.encode_chat, asked.body)
     except RowError as error:
         raise from_row_error(error) from None
-    return answer({"input_tokens": count})
-
-
-def count_prompt(call: Call, asked: Asked) -> int:
-    tokenizer, service = call.llm.tokenizer, call.service
-    reader = BodyReader(tokenizer, service.defaults(call.llm), service.options.unknown_fields, prefix="")
-    draft = reader.read(CHAT, asked.body, "count")
-    tokenizer.refuse_longer(str(draft.prompt), call.llm.context_length)
-    (tokens,) = encode_drafts([draft], tokenizer)
-    return len(tokens)
+    return answer({"input_tokens": len(tokens)})
 
 
 def understand(call: Call, counting: bool = False) -> Asked:

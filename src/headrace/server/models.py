@@ -35,7 +35,7 @@ class Models:
     A model under a further KV policy is a further model, MODEL:POLICY: it has an engine and a KV cache of its own.
     Weights that are kept packed are mapped from their file, so both read the same memory.
 
-    Belongs to the event loop, but for `open_worker`, `known_models` and `hold`, which batches call from their threads.
+    Belongs to the event loop, but for `open_worker`, `find` and `hold`, which batches call from their threads.
     """
 
     def __init__(self, engine: EngineOptions, serve: ServeOptions) -> None:
@@ -89,18 +89,17 @@ class Models:
                 del self.workers[name]
             if not isinstance(error, HeadraceError):
                 raise
-            raise ApiError(503, "model_unavailable", f"{name} cannot be loaded: {error}") from error
+            raise ApiError(503, "model_unavailable", f"{name} cannot answer: {error}") from error
 
     def find(self, name: str | None) -> str:
-        """The served name that a client means; the first model where it names none."""
+        """The served name that a client means; the first model where it names none. Raises ApiError for another."""
         found = find_name(name, self.options) if name else self.first
         if found is not None:
             return found
         for served in self._plain:
             worker = self.workers.get(served)
-            ready = worker is not None and worker.ready.done() and worker.ready.exception() is None
-            aliases = [self.options[served].model] + ([worker.ready.result().model_name] if worker and ready else [])
-            if name in aliases:
+            llm = None if worker is None else worker.llm
+            if name == self.options[served].model or (llm is not None and name == llm.model_name):
                 return served
         known = ", ".join(self.options)
         raise ApiError(404, "model_not_found", f"model {name!r:.80} is not served here; {known} is", "model")
@@ -108,8 +107,8 @@ class Models:
     def loaded(self) -> Iterator[tuple[str, Worker, LLM]]:
         """What is loaded at the moment."""
         for name, worker in self.workers.items():
-            if worker.ready.done() and worker.ready.exception() is None:
-                yield name, worker, worker.ready.result()
+            if (llm := worker.llm) is not None:
+                yield name, worker, llm
 
     def open_worker(self, name: str) -> Worker:
         """Like `open`, for other threads than the event loop's. Raises InputError for a name that is not served."""

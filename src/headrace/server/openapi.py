@@ -74,12 +74,10 @@ def asking_paths() -> Schema:
         },
         "input",
     )
-    text = {
-        "model": nullable("string"),
+    text = CHAT_BODY["properties"] | {
         "prompt": nullable("string"),
         "messages": {"anyOf": [listing(MESSAGE), {"type": "null"}]},
     }
-    text["add_special_tokens"] = nullable("boolean")
     counted = record({"tokens": tokens, "count": {"type": "integer"}, "max_model_len": {"type": "integer"}}, "tokens")
     chat = operation("Answer a conversation.", ref("ChatCompletion"), CHAT_BODY)
     completion = operation("Continue one prompt or several.", ref("Completion"), COMPLETION_BODY)
@@ -96,7 +94,7 @@ def asking_paths() -> Schema:
                 COUNTED_BODY,
             )
         },
-        "/tokenize": {"post": operation("Token ids of a text or a conversation.", counted, record(text))},
+        "/tokenize": {"post": operation("Token ids of a text, or of a chat's prompt.", counted, record(text))},
         "/detokenize": {
             "post": operation(
                 "The text of token ids.",

@@ -101,8 +101,6 @@ CHAT_BODY = record(
         "top_logprobs": nullable("integer", minimum=0, maximum=20),
         "tools": {"anyOf": [listing(TOOL), {"type": "null"}]},
         "tool_choice": CHOICE,
-        "functions": {"anyOf": [listing(FUNCTION), {"type": "null"}]},
-        "function_call": CHOICE,
         "echo": only(False),
         "chat_template_kwargs": nullable("object"),
         "add_generation_prompt": nullable("boolean"),

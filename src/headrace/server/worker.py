@@ -26,6 +26,8 @@ from headrace.server.pace import Pace
 from headrace.server.turns import Turns
 
 LOG = logging.getLogger("headrace.server")
+# So long may commands keep a step waiting: clients who come and go without end must not stop those who are answered.
+OBEY_SECONDS = 0.1
 Command = Callable[[], None]
 
 
@@ -68,24 +70,30 @@ class Worker:
         self._thread.start()
 
     def submit(self, request: Request, receiver: Exchange | Receiver) -> None:
-        """Bring a request, whose id nobody else has, to the engine before its next step. It fails if that is closed."""
+        """Bring a request, whose id nobody else has, to the engine between two steps. It fails if that is closed."""
         self._commands.put(lambda: self._add(request, receiver))
         # Looked at after the put: what came before the flag was set, the worker's last look at its commands finds.
         if self._phase == "closed":
             self._refuse(receiver, WorkerClosed())
 
     def cancel(self, request_id: str) -> None:
-        """Take a request out before the next step; its receiver hears nothing more. Unknown ids are ignored."""
+        """Take a request out between two steps; then its receiver hears nothing more. Unknown ids are ignored."""
         self._commands.put(lambda: self._abort(request_id))
 
     def call(self, command: Callable[[Engine], None]) -> None:
-        """Let the worker's thread do something quick with its engine before the next step."""
+        """Let the worker's thread do something quick with its engine between two steps, after all that came before."""
         self._commands.put(lambda: command(self.ready.result().engine))
 
     def close(self) -> None:
         """Stop after the current step, fail what is left, free the model. Waits for it."""
         self._commands.put(self._stop)
         self._thread.join()
+
+    @property
+    def llm(self) -> LLM | None:
+        """The model where it can be asked: not before it is loaded, nor after a fault."""
+        ready = self.ready  # looked at once: a fault puts another in its place
+        return ready.result() if ready.done() and ready.exception() is None else None
 
     @property
     def idle(self) -> bool:
@@ -115,20 +123,23 @@ class Worker:
                 broken.set_exception(HeadraceError("its engine has ended; the server's log says why"))
                 self.ready = broken
             self._phase = "closed"
-            for command in self._commands_now(wait=False):
+            for command in self._commands_now():
                 with suppress(BaseException):  # whatever is wrong with the engine: the next may be a request
                     command()
             self._fail_all(WorkerClosed())
 
     def _obey(self, wait: bool) -> None:
-        """Carry out all commands that have come; with `wait`, until there was one."""
-        for command in self._commands_now(wait):
+        """Carry out the commands that have come, or those of the first OBEY_SECONDS; with `wait`, at least one."""
+        if wait:
+            self._commands.get()()
+        until = time.monotonic() + OBEY_SECONDS
+        for command in self._commands_now():
             command()
+            if time.monotonic() >= until:
+                break
 
-    def _commands_now(self, wait: bool) -> Iterator[Command]:
+    def _commands_now(self) -> Iterator[Command]:
         with suppress(Empty):
-            if wait:
-                yield self._commands.get()
             while True:
                 yield self._commands.get_nowait()
 
@@ -171,6 +182,8 @@ class Worker:
     def _add(self, request: Request, receiver: Exchange | Receiver) -> None:
         if self._phase == "closed":
             self._refuse(receiver, WorkerClosed())
+            return
+        if isinstance(receiver, Exchange) and receiver.dropped:
             return
         self.last_used = time.monotonic()
         try:

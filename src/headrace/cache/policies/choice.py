@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from headrace.cache.policies.base import KVPolicy, Sealable
@@ -61,9 +62,21 @@ def make_policy(expression: str) -> KVPolicy:
     return build(parse(expression), expression)
 
 
-def spell_policy(expression: str) -> str:
-    """An expression with the same spaces whatever the user's. Raises InputError for one that cannot be read."""
-    return ast.unparse(parse(expression))
+def spell_policy(expression: str, whole: bool = False) -> str:
+    """An expression with the same spaces and order of parameters whatever the user's; `whole`: with all parameters, so
+    that equal policies are spelled alike. Raises InputError for one that cannot be read or has an unknown name."""
+    return spell(parse(expression), expression, whole)
+
+
+def spell(node: ast.expr, expression: str, whole: bool) -> str:
+    """Raises InputError, naming what is wrong and what there is."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return f"{spell(node.left, expression, whole)} + {spell(node.right, expression, whole)}"
+    name, given = read_call(node, expression)
+    defaults = {each.name: each.default for each in inspect.signature(POLICIES[name]).parameters.values()}
+    values = defaults | given
+    written = ", ".join(f"{each}={values[each]!r}" for each in defaults if whole or each in given)
+    return f"{name}({written})" if written else name
 
 
 def parse(expression: str) -> ast.expr:
@@ -79,13 +92,6 @@ def build(node: ast.expr, expression: str) -> KVPolicy:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return combine(build(node.left, expression), build(node.right, expression), expression)
     name, arguments = read_call(node, expression)
-    if name not in POLICIES:
-        raise InputError(f"kv {expression!r}: there is no policy {name!r}; there are {', '.join(POLICIES)}")
-    known = inspect.signature(POLICIES[name]).parameters
-    unknown = [each for each in arguments if each not in known]
-    if unknown:
-        names = ", ".join(known) or "none"
-        raise InputError(f"kv {expression!r}: {name} has no parameter {unknown[0]!r}; it has {names}")
     return POLICIES[name](**arguments)
 
 
@@ -111,9 +117,9 @@ def combine(first: KVPolicy, second: KVPolicy, expression: str) -> KVPolicy:
 
 
 def read_call(node: ast.expr, expression: str) -> tuple[str, dict[str, Any]]:
-    """A policy's name and its arguments by name. Raises InputError for anything else."""
+    """A policy's name and its arguments by name. Raises InputError for anything else, and for unknown names."""
     if isinstance(node, ast.Name):
-        return node.id, {}
+        node = ast.Call(node, [], [])
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
         raise InputError(f"kv {expression!r} cannot be read: write a policy as in 'kivi(k=4, v=2)'")
     arguments: dict[str, Any] = {}
@@ -125,4 +131,16 @@ def read_call(node: ast.expr, expression: str) -> tuple[str, dict[str, Any]]:
             arguments[name] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError):
             raise InputError(f"kv {expression!r}: {name} must be a number or a text in quotes") from None
+    check_names(node.func.id, arguments, expression)
     return node.func.id, arguments
+
+
+def check_names(name: str, arguments: Iterable[str], expression: str) -> None:
+    """Raises InputError, saying what there is, for a policy or a parameter that there is not."""
+    if name not in POLICIES:
+        raise InputError(f"kv {expression!r}: there is no policy {name!r}; there are {', '.join(POLICIES)}")
+    known = inspect.signature(POLICIES[name]).parameters
+    unknown = [each for each in arguments if each not in known]
+    if unknown:
+        names = ", ".join(known) or "none"
+        raise InputError(f"kv {expression!r}: {name} has no parameter {unknown[0]!r}; it has {names}")

@@ -26,8 +26,8 @@ from headrace import SamplingParams
 from headrace.cache.paged import PagedCache
 from headrace.cache.policies.base import KVShape, LayerStep, Remembering
 from headrace.cache.policies.choice import make_policy
-from headrace.cache.policies.selecting import BlockRows, NoRoom, find_folder, lies_in_memory, map_file
-from headrace.cache.policies.shadowkv import CHUNK, ShadowKV, choose_chunks, find_outliers, reduce_rank
+from headrace.cache.policies.selecting import NoRoom, find_folder, lies_in_memory, map_file
+from headrace.cache.policies.shadowkv import ShadowKV, find_outliers, reduce_rank
 from headrace.checkpoint import open_checkpoint
 from headrace.cli.entry import main
 from headrace.core import Chunk, InputError, Request, Sequence
@@ -37,6 +37,7 @@ from headrace.kernels import choose_kernels
 from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.reference import read_blocks, rotate, write_slots
+from headrace.kernels.shadows import CHUNK, BlockRows, choose_chunks
 from headrace.model import ModelSettings, load_model
 
 SIZE, HEADS, HEAD = 32, 3, 64
@@ -209,10 +210,13 @@ def test_bytes_are_as_computed_by_hand(dtype: torch.dtype, slow: Any, tmp_path: 
     tokens = shadow.chunks * CHUNK
     assert tokens == (drop + planned) * SIZE + 64 + 16 and prompt - SIZE < tokens + 16 <= prompt
     # What was written, up to the last row that is not zero. 8 * 50 coordinates of a chunk are in 7 rows of 64.
-    written = BlockRows.view(cache, table[0, drop : drop + planned].long()).read(0, planned * 2 * SIZE * HEADS)
+    written = BlockRows.view(cache.keys, cache.values, table[0, drop : drop + planned]).read(
+        0, planned * 2 * SIZE * HEADS
+    )
     real = (int(written.any(1).nonzero().max()) + 1) * HEAD * item
     values = tokens * HEADS * HEAD * item
-    expected = (shadow.chunks * (HEADS + 7) + HEADS * 50) * HEAD * item
+    # 8 chosen chunks of each head: their places are in one row.
+    expected = (1 + shadow.chunks * (HEADS + 7) + HEADS * 50) * HEAD * item
     if shadow.values is not None:
         assert slow == "file" and policy.count_bytes() == shadow.values.nbytes == values and real == expected
     else:
@@ -285,13 +289,13 @@ def test_a_run_keeps_to_its_kv_budget(slow: str, tmp_path_factory: pytest.TempPa
 
 
 def test_the_judge_and_forecasts_count_what_stands_for_a_prompt() -> None:
-    """SmolLM2 in bfloat16: 240 bytes of a token and 36,864 of a sequence in each layer beside what is read."""
+    """SmolLM2 in bfloat16: 240 bytes of a token and 37,120 of a sequence in each layer beside what is read."""
     shape = KVShape((None,) * 30, 3, 64, torch.bfloat16)
     layout = make_policy("shadowkv").arrange(shape, 32)
     block = 30 * 32 * 768
-    assert layout.shrink is not None and layout.shrink.summary == (240, 36_864, 32 * 768)
+    assert layout.shrink is not None and layout.shrink.summary == (240, 36_864 + 256, 32 * 768)
     # 1,024 tokens: 12 blocks of that, 4 that are chosen, and 56 tokens of outliers and newest ones.
-    beside = -(-(1024 * 240 + 36_864) // (32 * 768))
+    beside = -(-(1024 * 240 + 37_120) // (32 * 768))
     assert beside == 12 and find_room(layout, 1024, 128, 256) == Room(32, beside + 4 + 2 + 4)
     assert count_batch(layout, 1024, 128, 256, 500 * 10**6) == 1 + (500 * 10**6 // block - 32) // 22
     assert layout.blocks_for(1024, prompt=1024) == 32
@@ -404,6 +408,7 @@ def test_outliers_of_the_real_model_have_the_first_chunk(smollm2_path: Path) -> 
     cache = PagedCache(model.kv_shape, policy, 32, 16, "cpu")
     sequence = Sequence(Request("0", tuple(tokens), SamplingParams()), 0, 0, tokens, tables=[table.tolist()])
     model.forward(build_batch([(Chunk(0, 0, 512), sequence)], cache.layout, "cpu"), cache)
-    landmarks = [policy._view(layer, table, policy._shadows[0], 96).read_landmarks() for layer in cache.layers]
+    views = [policy._view(layer, table, policy._shadows[0], place) for place, layer in enumerate(cache.layers)]
+    landmarks = [each.read_landmarks() for each in views]
     first = torch.stack([each[:, 0, 0] == torch.finfo(each.dtype).max for each in landmarks])
     assert len(first) == 30 and float(first.float().mean()) > 0.5

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.matrix import Matrix, PackedWeight
+from headrace.kernels.shadows import ShadowRows
 from headrace.kernels.vectors import VectorForm
 
 
@@ -243,6 +244,21 @@ class Kernels(Protocol):
         """Write the vectors of blocks [n] (int64) of a plane uint8 [blocks, bytes], whose bytes begin as the form says,
         as exact keys [n, ...] where they lie by channel, or values, contiguous and as a cache has them. factors float32
         [n, tokens] multiply them. order int64 [width], by channel only: where among the form's each channel is."""
+        ...
+
+    def recall(
+        self,
+        queries: Tensor,
+        cache: LayerCache,
+        shadow: ShadowRows,
+        into: Tensor,
+        rope: tuple[Tensor, Tensor],
+        scale: float,
+    ) -> None:
+        """Write the chunks that one token's queries [1, heads, D] attend to most by their landmarks, `shadow.count` for
+        each kv head, in the order of the text into exact blocks `into` (int32), and say so in the shadow. Keys are
+        rotated by cos and sin, float32 [positions, D/2] each. What the shadow says is there already may be taken from
+        there: nothing else writes into those blocks."""
         ...
 
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:

@@ -16,6 +16,7 @@ import headrace.kernels._cpu as _cpu
 from headrace.kernels.base import AttentionSpec, HeadSpec, LayerCache, RaggedBatch
 from headrace.kernels.matrix import Matrix, PackedWeight
 from headrace.kernels.panels import TYPES, PanelWeight, address, pack_panels
+from headrace.kernels.shadows import ShadowRows
 from headrace.kernels.vectors import VectorForm
 
 # Of the next weight so much is fetched while nothing else is done: what a core's own cache holds.
@@ -161,6 +162,19 @@ class CpuKernels:
         numbers, rows = (spec.scale, 0, spec.soft_cap or 0.0), describe_rows(queries)
         counted = cache.mass.data_ptr(), batch.observed.data_ptr(), share
         _cpu.observe(TYPES[queries.dtype], rows, described, ragged, numbers, *counted)
+
+    def recall(
+        self,
+        queries: Tensor,
+        cache: LayerCache,
+        shadow: ShadowRows,
+        into: Tensor,
+        rope: tuple[Tensor, Tensor],
+        scale: float,
+    ) -> None:
+        numbers = shadow.rows.blocks.data_ptr(), shadow.chunks, shadow.count, shadow.rank, address(shadow.values)
+        wanted = into.data_ptr(), rope[0].data_ptr(), rope[1].data_ptr(), scale
+        _cpu.recall(TYPES[queries.dtype], describe_rows(queries), describe_cache(cache), (*numbers, *wanted))
 
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         y = torch.empty(queries.shape, dtype=queries.dtype)

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.kernels.base import (
-    UNIT,
-    AttentionSpec,
-    HeadSpec,
-    LayerCache,
-    RaggedBatch,
-)
+from headrace.kernels.base import UNIT, AttentionSpec, HeadSpec, LayerCache, RaggedBatch
 from headrace.kernels.integers import dequantize, round_activations
 from headrace.kernels.matrix import Activation, Matrix, PackedWeight
+from headrace.kernels.shadows import CHUNK, ShadowRows, choose_chunks
 from headrace.kernels.units import pack_units, unpack_units
 from headrace.kernels.vectors import VectorForm, lay_vectors
 
@@ -177,6 +172,25 @@ class ReferenceKernels:
                 weights = (weights * seen[:, None] >= 1) + weights * share
             mass[:, : end - begin] += weights.sum((1, 2))
             cache.mass[blocks] = mass.view(len(mass), -1, size).transpose(0, 1)
+
+    def recall(
+        self,
+        queries: Tensor,
+        cache: LayerCache,
+        shadow: ShadowRows,
+        into: Tensor,
+        rope: tuple[Tensor, Tensor],
+        scale: float,
+    ) -> None:
+        chosen = choose_chunks(queries[0], shadow.read_landmarks(), shadow.count, scale)
+        keys, tokens = (
+            shadow.restore_keys(chosen),
+            chosen[..., None] * CHUNK + torch.arange(CHUNK, device=chosen.device),
+        )
+        for own, places in zip(keys, tokens.flatten(1), strict=True):
+            rotate(own[:, None], rope[0][places], rope[1][places])
+        write_slots(cache, into.long(), 0, keys, shadow.read_values(chosen))
+        shadow.write_places(chosen)
 
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, LayerCache, RaggedBatch
 from headrace.kernels.matrix import Matrix, PackedWeight
+from headrace.kernels.shadows import ShadowRows
 from headrace.kernels.vectors import VectorForm
 from headrace.meter.meter import product_part
 from headrace.meter.stopwatch import Stopwatch
@@ -94,6 +95,18 @@ class TimedKernels:
     ) -> None:
         with self.watch.part("other kernels"):
             self.kernels.observe(queries, cache, batch, spec, share)
+
+    def recall(
+        self,
+        queries: Tensor,
+        cache: LayerCache,
+        shadow: ShadowRows,
+        into: Tensor,
+        rope: tuple[Tensor, Tensor],
+        scale: float,
+    ) -> None:
+        with self.watch.part("attention"):
+            self.kernels.recall(queries, cache, shadow, into, rope, scale)
 
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         with self.watch.part("attention"):

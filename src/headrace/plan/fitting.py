@@ -35,7 +35,7 @@ Tell = Callable[[str], None]
 
 
 def fit_step_time(llm: LLM, tell: Tell) -> StepTime:
-    """Measure the step times of a loaded model; takes less than a minute for small ones.
+    """Measure the step times of a loaded model; takes about a minute for small ones.
 
     Raises NoisyMachine where times scatter too much to be believed, InputError where the KV memory is too small.
     """

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from headrace.core import HeadraceError, InputError
-from headrace.kernels.base import LayerCache, RaggedBatch
+from headrace.kernels.base import RaggedBatch
 
 # File systems whose files are memory.
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
@@ -36,43 +35,6 @@ class Parted:
     batch: RaggedBatch
     sequences: Tensor
     alone: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class BlockRows:
-    """A layer's part of some exact blocks as rows of D numbers, one block's after the other's, for a policy to use as
-    it likes: no kernel may read them then.
-
-    rows    [all blocks, rows of a block, D], the layer's keys and values seen as rows
-    blocks  int64 [n], which of them
-    """
-
-    rows: Tensor
-    blocks: Tensor
-
-    @classmethod
-    def view(cls, cache: LayerCache, blocks: Tensor) -> BlockRows:
-        keys, size = cache.keys, cache.values.shape[3]
-        count = keys[0].numel() // size
-        if cache.values.data_ptr() != keys.data_ptr() + keys[0].nbytes:
-            raise ValueError("a block's values must follow its keys")
-        return cls(keys.as_strided((len(keys), 2 * count, size), (keys.stride(0), size, 1)), blocks)
-
-    def write(self, rows: Tensor) -> None:
-        """Write rows [m, D] from the first on; what is left is zero."""
-        whole = functional.pad(rows, (0, 0, 0, len(self.blocks) * self.rows.shape[1] - len(rows)))
-        self.rows[self.blocks] = whole.view(len(self.blocks), -1, whole.shape[1]).to(self.rows.dtype)
-
-    def read(self, first: int, count: int) -> Tensor:
-        """Neighbouring rows [count, D]."""
-        size = self.rows.shape[1]
-        blocks = self.blocks[first // size : -(-(first + count) // size)]
-        return self.rows[blocks].flatten(0, 1)[first % size :][:count]
-
-    def pick(self, places: Tensor) -> Tensor:
-        """Rows [..., D] at these places, int64."""
-        size = self.rows.shape[1]
-        return self.rows[self.blocks[places // size], places % size]
 
 
 def find_owners(batch: RaggedBatch) -> Tensor:

@@ -19,17 +19,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from headrace.cache.layout import CacheLayout, Shrink, Summary
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_choice, check_number, check_text
-from headrace.cache.policies.selecting import BlockRows, find_folder, map_file, take_token
+from headrace.cache.policies.selecting import find_folder, map_file, take_token
 from headrace.core import InputError
-from headrace.kernels.base import HeadSpec, LayerCache, RaggedBatch, SealedForm
-from headrace.kernels.reference import read_blocks, rotate, take_head, write_slots
-
-CHUNK = 8
+from headrace.kernels.base import LayerCache, RaggedBatch, SealedForm
+from headrace.kernels.reference import read_blocks, rotate, write_slots
+from headrace.kernels.shadows import CHUNK, BlockRows, ShadowRows, count_place_rows, count_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,56 +39,6 @@ class Shadow:
     end: int
     chunks: int
     values: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class ShadowRows:
-    """One layer of a shadow of n chunks, as it lies in its blocks: rows of D numbers in the cache's dtype.
-
-    landmarks    [n, kv heads], means of rotated keys, marked where the chunk stays exact and is not to be chosen
-    directions   [kv heads, rank] and
-    coordinates  [n, rows], CHUNK * rank numbers of each chunk, whose product is the keys before rotation
-    values       [n, kv heads, CHUNK], unless they are in a file
-    """
-
-    rows: BlockRows
-    chunks: int
-    heads: int
-    rank: int
-
-    @property
-    def size(self) -> int:
-        return self.rows.rows.shape[2]
-
-    def write(self, landmarks: Tensor, directions: Tensor, coordinates: Tensor, values: Tensor | None) -> None:
-        """landmarks [kv heads, n, D], directions [kv heads, rank, D], coordinates [N, rank], values [kv heads, n,
-        CHUNK, D]."""
-        joined = coordinates.view(self.chunks, -1)
-        padded = functional.pad(joined, (0, count_rows(self.rank, self.size) * self.size - joined.shape[1]))
-        parts = [landmarks.transpose(0, 1), directions, padded]
-        parts += [] if values is None else [values.transpose(0, 1)]
-        self.rows.write(torch.cat([part.reshape(-1, self.size) for part in parts]))
-
-    def read_landmarks(self) -> Tensor:
-        """[kv heads, n, D]"""
-        return self.rows.read(0, self.chunks * self.heads).view(-1, self.heads, self.size).transpose(0, 1)
-
-    def restore_keys(self, chosen: Tensor) -> Tensor:
-        """Keys before rotation [kv heads, count * CHUNK, D] of chunks int64 [kv heads, count], each head its own."""
-        first, count = self.chunks * self.heads, self.heads * self.rank
-        directions = self.rows.read(first, count).view(self.heads, self.rank, self.size)
-        each = count_rows(self.rank, self.size)
-        places = first + count + chosen[..., None] * each + torch.arange(each, device=chosen.device)
-        coordinates = self.rows.pick(places).flatten(2)[..., : CHUNK * self.rank]
-        # In float32: few processors multiply bfloat16.
-        keys = coordinates.reshape(self.heads, -1, self.rank).float() @ directions.float()
-        return keys.to(directions.dtype)
-
-    def read_values(self, chosen: Tensor) -> Tensor:
-        """The same of values that are in memory: [kv heads, count, CHUNK, D]."""
-        first = self.chunks * (self.heads + count_rows(self.rank, self.size)) + self.heads * self.rank
-        heads, within = torch.arange(self.heads, device=chosen.device), torch.arange(CHUNK, device=chosen.device)
-        return self.rows.pick(first + ((chosen * self.heads + heads[:, None]) * CHUNK)[..., None] + within)
 
 
 class ShadowKV:
@@ -135,7 +83,7 @@ class ShadowKV:
         if not self._whole:
             raise InputError("every layer of this model has a sliding window: there is nothing to shrink; use kv plain")
         exact = shape.count_layer_bytes(block_size)
-        self._summary = self._summarise(shape, exact)
+        self._summary = self._summarise(shape, block_size)
         if self._summary.token_bytes * block_size >= exact:
             raise InputError(
                 f"kv shadowkv: keys of rank {self.rank} and values in memory take no less than plain keys and values: "
@@ -175,13 +123,15 @@ class ShadowKV:
         """Bytes of values that are in files now."""
         return sum(shadow.values.nbytes for shadow in self._shadows.values() if shadow.values is not None)
 
-    def _summarise(self, shape: KVShape, block_bytes: int) -> Summary:
+    def _summarise(self, shape: KVShape, block_size: int) -> Summary:
         """Bytes that `ShadowRows` take in a layer; N tokens that have a shadow are no more than the prompt has."""
         heads, size = shape.kv_heads, shape.head_size
         rank = min(self.rank, heads * size)
         rows = heads + count_rows(rank, size) + (CHUNK * heads if self.folder is None else 0)
         row_bytes = size * shape.dtype.itemsize
-        return Summary(-(-rows * row_bytes // CHUNK), heads * rank * row_bytes, block_bytes)
+        places = count_place_rows(heads * self._count_chosen(block_size) // CHUNK, row_bytes)
+        sequence_bytes = (places + heads * rank) * row_bytes
+        return Summary(-(-rows * row_bytes // CHUNK), sequence_bytes, shape.count_layer_bytes(block_size))
 
     def _count_chosen(self, size: int) -> int:
         """Tokens that an output token chooses: their slots are whole blocks."""
@@ -212,10 +162,10 @@ class ShadowKV:
         outliers = find_outliers(chunked[0], landmarks, self.outliers)
         coordinates, directions = reduce_rank(keys, step.rope, self.rank)
         landmarks[heads, outliers, 0] = torch.finfo(cache.keys.dtype).max
-        rows = self._view(cache, table, shadow, directions.shape[1])
-        rows.write(landmarks, directions, coordinates, chunked[1] if shadow.values is None else None)
-        if shadow.values is not None:
-            shadow.values[self._whole.index(step.layer)] = chunked[1].to(shadow.values)
+        rows = self._view(cache, table, shadow, step.layer)
+        rows.write(landmarks, directions, coordinates, chunked[1] if rows.values is None else None)
+        if rows.values is not None:
+            rows.values.copy_(chunked[1])
         exact = (each[heads, outliers].flatten(1, 2) for each in chunked)
         write_slots(cache, table, shadow.end * size + self._count_chosen(size), *exact)
 
@@ -233,37 +183,21 @@ class ShadowKV:
             self._shadows[number] = Shadow(begin, end, chunks, values)
         return self._shadows[number]
 
-    def _view(self, cache: LayerCache, table: Tensor, shadow: Shadow, rank: int) -> ShadowRows:
-        rows = BlockRows.view(cache, table[shadow.begin : shadow.end].long())
-        return ShadowRows(rows, shadow.chunks, cache.keys.shape[1], rank)
+    def _view(self, cache: LayerCache, table: Tensor, shadow: Shadow, layer: int) -> ShadowRows:
+        """The layer's part of a shadow."""
+        count = self._count_chosen(cache.keys.shape[3]) // CHUNK
+        heads, rows = cache.keys.shape[1], BlockRows.view(cache.keys, cache.values, table[shadow.begin : shadow.end])
+        values = None if shadow.values is None else shadow.values[self._whole.index(layer)]
+        return ShadowRows(rows, heads, shadow.chunks, count, min(self.rank, heads * cache.values.shape[3]), values)
 
     def _fetch(self, step: LayerStep, sequence: int, row: int) -> None:
         """Write what a token chooses of its sequence's prompt into the slots that are for that."""
-        cache, batch, (_, heads, _, size, _) = step.cache, step.batch, step.cache.keys.shape
+        cache, batch = step.cache, step.batch
         assert step.rope is not None
         shadow, table = self._shadows[batch.numbers[sequence]], batch.block_tables[cache.group][sequence]
-        rows = self._view(cache, table, shadow, min(self.rank, heads * cache.values.shape[3]))
-        count = self._count_chosen(size)
-        chosen = choose_chunks(step.queries[row], rows.read_landmarks(), count // CHUNK, step.spec.scale)
-        keys = rows.restore_keys(chosen)
-        if shadow.values is None:
-            values = rows.read_values(chosen)
-        else:
-            places = chosen.to(shadow.values.device)
-            own = torch.arange(heads, device=places.device)[:, None]
-            values = shadow.values[self._whole.index(step.layer), own, places].to(keys.device)
-        tokens = (chosen[..., None] * CHUNK + torch.arange(CHUNK, device=chosen.device)).flatten(1)
-        blocks = table[shadow.end :][: count // size].long()
-        slots = (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
-        for head in range(heads):
-            rotation = step.rope[0][tokens[head]], step.rope[1][tokens[head]]
-            fused = torch.stack([keys[head], values[head].flatten(0, 1)], 1)
-            step.kernels.place_heads(fused, HeadSpec(), rotation, take_head(cache, head), slots)
-
-
-def count_rows(rank: int, size: int) -> int:
-    """Rows of so many numbers that the coordinates of a chunk take."""
-    return -(-CHUNK * rank // size)
+        rows = self._view(cache, table, shadow, step.layer)
+        into = table[shadow.end : shadow.end + rows.count * CHUNK // cache.keys.shape[3]]
+        step.kernels.recall(step.queries[row : row + 1], cache, rows, into, step.rope, step.spec.scale)
 
 
 def find_outliers(chunks: Tensor, landmarks: Tensor, count: int) -> Tensor:
@@ -288,13 +222,3 @@ def reduce_rank(keys: Tensor, rope: tuple[Tensor, Tensor], rank: int) -> tuple[T
     vectors = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -rank:]
     directions = vectors.T.reshape(-1, heads, size).transpose(0, 1)
     return (wide @ vectors).to(keys.dtype), directions.to(keys.dtype)
-
-
-def choose_chunks(queries: Tensor, landmarks: Tensor, count: int, scale: float) -> Tensor:
-    """The chunks whose landmarks [kv heads, n, D] queries [heads, D] attend to most, int64 [kv heads, count] ascending,
-    but for marked ones. A kv head's chunks are chosen by the largest weight that any of its queries gives them."""
-    marked = landmarks[:, :, 0] == torch.finfo(landmarks.dtype).max
-    grouped = queries.float().reshape(len(landmarks), -1, queries.shape[1])
-    scores = grouped @ landmarks.float().transpose(1, 2) * scale
-    weights = scores.masked_fill(marked[:, None], -torch.inf).softmax(-1).amax(1).masked_fill(marked, -1)
-    return weights.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values

@@ -35,6 +35,7 @@ def main(model: Path, source: str, output: Path, kills: int, kv_cache_bytes: int
     source_of_delays = random.Random(7)
     known: dict[int, bytes] = {}
     begins, changed, killed, code, longest, slept = [], 0, 0, -1, 0.2, 0.0
+    most = len(Path(source).read_text().splitlines()) // (2 * kills)
     while code != 0:
         child = os.fork()
         if child == 0:
@@ -51,10 +52,12 @@ def main(model: Path, source: str, output: Path, kills: int, kv_cache_bytes: int
         rows = read_journal(output)
         changed += sum(rows.get(row) != record for row, record in known.items())
         begins.append(len(known))
-        # So that about every other try finishes a row, whatever the machine takes to begin.
+        # So that about every other try finishes a row, whatever the machine takes to begin, and none so many that the
+        # job could end before its kills do.
         if rows and not known:
             longest = slept
-        longest *= 0.8 if len(rows) > len(known) else 1.2 if known else 2.0
+        finished = len(rows) - len(known)
+        longest *= 0.5 if finished > most else 0.8 if finished else 1.2 if known else 2.0
         known = rows
     print(json.dumps({"killed": killed, "begins": begins, "changed": changed, "rows": len(known)}))
 

@@ -81,6 +81,7 @@ def run_killed(model: Path, source: Path, output: Path, kills: int, kv_cache_byt
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     # Rows are only ever inserted, and none that was finished changed.
-    assert said["killed"] == kills and said["begins"] == sorted(said["begins"]) and said["changed"] == 0
+    assert said["begins"] == sorted(said["begins"]) and said["changed"] == 0, said
+    assert said["killed"] == kills, said
     assert len(set(said["begins"])) > 3, "the kills must have hit the job at work"
     return int(said["rows"])

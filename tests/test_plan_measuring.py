@@ -22,11 +22,12 @@ from headrace.engine.loading import choose
 from headrace.llm import LLM
 from headrace.meter.meter import Meter
 from headrace.meter.operations import Piece
+from headrace.meter.peaks import NoisyMachine
 from headrace.meter.step_time import StepTime, interpolate, spell_command
 from headrace.options import EngineOptions
 from headrace.plan import fitting
-from headrace.plan.fitting import fit_line, fit_parts, fit_wanted
-from headrace.plan.prober import Prober
+from headrace.plan.fitting import confirm, fit_line, fit_parts, fit_wanted
+from headrace.plan.prober import Probe, Prober
 
 UNKNOWN = replace(TIMES, tokens=[(1, 0.0), (2, 0.0)], wanted=[(1, 0.0), (2, 0.0)], chunk=0.0, own=0.0, shared=0.0)
 
@@ -91,6 +92,19 @@ def test_a_machine_that_has_become_slower_does_not_make_choosing_dear(tiny_model
         assert interpolate(found, count) == pytest.approx(1.4 * interpolate(before.wanted, count), rel=0.02)
 
 
+@pytest.mark.usefixtures("few_sizes")
+def test_long_steps_that_scatter_are_refused(tiny_model: Path) -> None:
+    with LLM(**asdict(engine_options(tiny_model))) as llm:
+        machine = KnownMachine(llm, replace(TIMES, windows=llm.engine.model.config.windows))
+        slow, steady = [Probe(each, []) for each in (1.0, 1.3)], [Probe(each, []) for each in (1.3, 1.0, 1.1)]
+        assert confirm(machine, 8, steady).seconds == 1.0
+        # Neither is believed, so it is measured again until two agree: the machine is far faster than both.
+        assert confirm(machine, 8, slow).seconds < 0.5 and len(slow) == 4
+        wild = [Probe(float(each), []) for each in (1, 2, 4, 8, 16)]
+        with pytest.raises(NoisyMachine, match="chunks of 8 tokens: none of 5 measurements is within 20% of the least"):
+            confirm(machine, 8, wild)
+
+
 def test_noise_leaves_a_line() -> None:
     rows = (1, 2, 4, 8, 16, 32, 64, 128)
     chunks = [0.011 + 0.0014 * count for count in rows]
@@ -129,6 +143,7 @@ def quick_measuring(few_sizes: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Measurements of a cache folder of their own; the machine may be busy."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("headrace.plan.prober.MOST_SCATTER", math.inf)
+    monkeypatch.setattr(fitting, "MOST_SCATTER", math.inf)
     monkeypatch.setattr(fitting, "MOST_ERROR", math.inf)
     monkeypatch.setattr(fitting, "PAIR_ROUNDS", 1)
     yield

@@ -183,10 +183,8 @@ class ReferenceKernels:
         scale: float,
     ) -> None:
         chosen = choose_chunks(queries[0], shadow.read_landmarks(), shadow.count, scale)
-        keys, tokens = (
-            shadow.restore_keys(chosen),
-            chosen[..., None] * CHUNK + torch.arange(CHUNK, device=chosen.device),
-        )
+        keys = shadow.restore_keys(chosen)
+        tokens = chosen[..., None] * CHUNK + torch.arange(CHUNK, device=chosen.device)
         for own, places in zip(keys, tokens.flatten(1), strict=True):
             rotate(own[:, None], rope[0][places], rope[1][places])
         write_slots(cache, into.long(), 0, keys, shadow.read_values(chosen))

@@ -16,7 +16,7 @@ from headrace.core import Request, SamplingParams
 from headrace.llm import LLM
 from headrace.meter.energy import EnergyCounter
 from headrace.meter.operations import Piece
-from headrace.meter.peaks import NoisyMachine, describe_machine
+from headrace.meter.peaks import ATTEMPTS, MOST_SCATTER, NoisyMachine, describe_machine
 from headrace.meter.step_time import StepTime, Table, describe_setting
 from headrace.plan.prober import Probe, Prober
 from headrace.plan.simulator import Memory, Simulator, Task
@@ -75,14 +75,28 @@ def fit_tokens(prober: Prober, found: StepTime, tell: Tell) -> Table:
     """Seconds by tokens: of several rounds over all sizes the least, so that a moment in which something else ran
     counts in none. A step never takes longer than a larger one."""
     sizes = [each for each in TOKENS if prober.fits(each)]
-    rounds = []
+    rounds: list[list[Probe]] = []
     for turn in range(ROUNDS):
-        for size in sizes:
-            tell(f"chunks of {size} tokens, round {turn + 1} of {ROUNDS}")
-            rounds.append(prober.time_chunk(size))
-    best = [min(rounds[place :: len(sizes)], key=lambda probe: probe.seconds) for place in range(len(sizes))]
+        tell(f"chunks of 1 to {sizes[-1]} tokens, round {turn + 1} of {ROUNDS}")
+        rounds.append([prober.time_chunk(size) for size in sizes])
+    best = [confirm(prober, size, list(probes)) for size, probes in zip(sizes, zip(*rounds, strict=True), strict=True)]
     least = list(accumulate((probe.seconds for probe in reversed(best)), min))[::-1]
     return [(size, each - found.attend(probe.pieces)) for size, each, probe in zip(sizes, least, best, strict=True)]
+
+
+def confirm(prober: Prober, size: int, probes: list[Probe]) -> Probe:
+    """The least of probes, and of further ones until another is within a fifth of it: a long step is one sample, and
+    says nothing of how it scatters. Raises NoisyMachine after ATTEMPTS."""
+    while True:
+        best, second = sorted(probes, key=lambda probe: probe.seconds)[:2]
+        if second.seconds / best.seconds - 1 <= 2 * MOST_SCATTER:
+            return best
+        if len(probes) >= ATTEMPTS:
+            raise NoisyMachine(
+                f"chunks of {size} tokens: none of {ATTEMPTS} measurements is within {2 * MOST_SCATTER:.0%} of the "
+                "least: something else uses this machine; try again when it is quiet"
+            )
+        probes.append(prober.time_chunk(size))
 
 
 def fit_chunk(prober: Prober, found: StepTime, tell: Tell) -> float:

@@ -18,7 +18,7 @@ from step_times import TIMES
 from headrace.checkpoint import open_checkpoint
 from headrace.cli import main
 from headrace.core import InputError
-from headrace.engine.loading import choose
+from headrace.engine.loading import resolve_options
 from headrace.llm import LLM
 from headrace.meter.meter import Meter
 from headrace.meter.operations import Piece
@@ -174,7 +174,7 @@ def test_who_follows_the_advice_gets_a_forecast(
     options = engine_options(tiny_model, block_size=64, step_seconds=1.0, **changes)
     checkpoint = open_checkpoint(str(tiny_model))
     with pytest.raises(InputError, match="headrace bench steps") as refused:
-        choose(options, checkpoint)
+        resolve_options(options, checkpoint)
     asked = {**changes, "block_size": 64}
     source = write_lines(tmp_path / "in.jsonl", batch_rows(3))
     plan = ["plan", str(source), "--model", str(tiny_model), "--precision", "fp32", "--threads", "1", "--json"]
@@ -186,7 +186,7 @@ def test_who_follows_the_advice_gets_a_forecast(
     assert said["seconds"] is None and said["measure"] == str(refused.value).split("`")[1]
     program, *command = shlex.split(said["measure"])
     assert program == "headrace" and main(command) == 0
-    assert choose(options, checkpoint).options.step_tokens >= 32
+    assert resolve_options(options, checkpoint).options.step_tokens >= 32
     capsys.readouterr()
     assert main(plan) == 0
     said = json.loads(capsys.readouterr().out)

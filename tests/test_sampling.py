@@ -11,7 +11,7 @@ import torch
 from headrace.checkpoint import Tokenizer, open_checkpoint
 from headrace.core import Request, SamplingParams, Sequence
 from headrace.engine.generation import Generation
-from headrace.engine.sampling import keep_nucleus, sample
+from headrace.engine.sampling import keep_nucleus, read_probabilities, sample
 
 VOCABULARY = 2000
 DRAWS = 400
@@ -101,6 +101,9 @@ def test_a_row_draws_the_same_in_any_company(tokenizer: Tokenizer) -> None:
     together = choose(logits, [generation(row) for row in range(12)])
     alone = [choose(logits[row : row + 1], [generation(row)])[0] for row in range(12)]
     assert together == alone
+    generations = [generation(row) for row in range(12)]
+    for row, probabilities in enumerate(read_probabilities(logits, list(range(12)), generations)):
+        assert torch.equal(probabilities, read_probabilities(logits, [row], generations)[0])
 
 
 def test_the_seed_decides_or_the_id_where_there_is_none(tokenizer: Tokenizer) -> None:

@@ -164,6 +164,9 @@ def small_tokenizer(kind: str) -> Tokenizer:
     fallback = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = {
         "byte level": decoders.ByteLevel(),
+        "converted": decoders.Sequence(
+            [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " "), decoders.ByteLevel()]
+        ),
         "byte fallback": decoders.Sequence(fallback),
         "stripped": decoders.Sequence([*fallback, decoders.Strip(" ", 1, 0)]),
         "stripped twice": decoders.Sequence([*fallback, decoders.Strip(" ", 2, 0)]),
@@ -173,7 +176,7 @@ def small_tokenizer(kind: str) -> Tokenizer:
     return Tokenizer(backend, [])
 
 
-KINDS = ["byte level", "byte fallback", "stripped", "stripped twice", "metaspace", "metaspace plain"]
+KINDS = ["byte level", "converted", "byte fallback", "stripped", "stripped twice", "metaspace", "metaspace plain"]
 SMALL = {kind: small_tokenizer(kind) for kind in KINDS}
 
 
@@ -181,6 +184,7 @@ SMALL = {kind: small_tokenizer(kind) for kind in KINDS}
 @given(kind=st.sampled_from(KINDS), ids=st.lists(st.integers(0, 31), max_size=20), skip=st.booleans())
 def test_streams_equal_decode_under_every_decoder(kind: str, ids: list[int], skip: bool) -> None:
     assert stream(SMALL[kind], ids, skip) == SMALL[kind].decode(ids, skip)
+    assert SMALL["converted"].decode(ids, skip) == SMALL["byte level"].decode(ids, skip)
 
 
 def test_a_stream_gives_text_as_soon_as_it_is_certain(smollm2: Tokenizer) -> None:

@@ -12,7 +12,7 @@ from step_times import TIMES
 
 from headrace.checkpoint import open_checkpoint
 from headrace.core import InputError
-from headrace.engine.loading import choose
+from headrace.engine.loading import resolve_options
 from headrace.engine.tuned import apply_tuned, load_tuned, save_tuned
 from headrace.llm import LLM
 from headrace.options import EngineOptions
@@ -27,14 +27,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_found_replaces_defaults_and_nothing_else(tiny_model: Path) -> None:
     checkpoint, plain = open_checkpoint(str(tiny_model)), EngineOptions(model=str(tiny_model), precision="fp32")
-    machine = choose(plain, checkpoint).machine
+    machine = resolve_options(plain, checkpoint).machine
     found = {"step_tokens": 512, "max_sequences": 64, "block_size": 16}
     save_tuned(checkpoint.hash(), machine, "fp32", found)
     assert load_tuned(checkpoint.hash(), machine, "fp32") == found
     assert load_tuned(checkpoint.hash(), machine, "bf16") == load_tuned("another", machine, "fp32") == {}
-    chosen = choose(replace(plain, max_sequences=7), checkpoint).options
+    chosen = resolve_options(replace(plain, max_sequences=7), checkpoint).options
     assert (chosen.step_tokens, chosen.max_sequences, chosen.block_size) == (512, 7, 16)
-    assert choose(replace(plain, tuned=False), checkpoint).options.step_tokens == plain.step_tokens
+    assert resolve_options(replace(plain, tuned=False), checkpoint).options.step_tokens == plain.step_tokens
     with LLM(**asdict(replace(plain, kv_cache_bytes=4 << 20))) as llm:
         assert llm.engine.state.limits.step_tokens == 512 == llm.resolved["step_tokens"] == llm.options.step_tokens
         assert llm.engine.cache.layout.block_size == 16
@@ -89,6 +89,6 @@ def test_a_time_for_a_step_bounds_its_tokens(tiny_model: Path, monkeypatch: pyte
     )
     options, checkpoint = engine_options(tiny_model, step_seconds=0.065), open_checkpoint(str(tiny_model))
     with pytest.raises(InputError, match="headrace bench steps"):
-        choose(options, checkpoint)
+        resolve_options(options, checkpoint)
     monkeypatch.setattr("headrace.engine.loading.load_step_time", lambda setting: TIMES)
-    assert choose(options, checkpoint).options.step_tokens == 64
+    assert resolve_options(options, checkpoint).options.step_tokens == 64

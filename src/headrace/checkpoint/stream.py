@@ -47,6 +47,8 @@ def spell_bytes() -> dict[str, int]:
 
 
 BYTE_OF = spell_bytes()
+# What transformers writes for a byte-level vocabulary that it read from a GGUF file.
+CONVERTED = ["ByteFallback", "Fuse", "Replace", "ByteLevel"]
 
 
 class ByteLevelDecoder:
@@ -135,11 +137,17 @@ class MetaspaceDecoder:
 
 
 def choose_decoder(backend: tokenizers.Tokenizer) -> Callable[[], Decoder]:
-    """How to make a streaming decoder that agrees with the tokenizer's own one. Raises ModelError if none does."""
+    """How to make a streaming decoder that agrees with the tokenizer's own one. Raises ModelError if none does.
+
+    Of a converted decoder the tokenizer keeps the last step alone. The others are SentencePiece's: they find nothing in
+    byte-level tokens, but join them all, and one that is outside the bytes' alphabet would leave the whole spelled.
+    """
     state = {} if backend.decoder is None else json.loads(backend.decoder.__getstate__())
     steps = state.get("decoders", [state])
     kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"]:
+    if kinds == CONVERTED:
+        backend.decoder = tokenizers.decoders.ByteLevel()
+    if kinds in (["ByteLevel"], CONVERTED):
         return ByteLevelDecoder
     if kinds == ["Metaspace"]:
         mark, strip = steps[0]["replacement"], steps[0].get("prepend_scheme", "always") != "never"

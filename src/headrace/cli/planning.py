@@ -84,7 +84,7 @@ def tune(
     from rich.console import Console
 
     from headrace.checkpoint import open_checkpoint
-    from headrace.engine.loading import choose
+    from headrace.engine.loading import resolve_options
     from headrace.engine.tuned import save_tuned
     from headrace.meter.step_time import spell_command
     from headrace.plan.tuning import describe_changes
@@ -92,7 +92,7 @@ def tune(
 
     options = EngineOptions(model=model, precision=precision)  # type: ignore[arg-type]
     checkpoint = open_checkpoint(model)
-    resolved = choose(options, checkpoint)
+    resolved = resolve_options(options, checkpoint)
     with Console(stderr=True).status("tuning") as status:
         found = search(options, checkpoint, status.update)
     path = save_tuned(checkpoint.hash(), resolved.machine, resolved.precision, found.kept)

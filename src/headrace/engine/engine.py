@@ -18,7 +18,7 @@ from headrace.engine.choosing import choose_tokens, take
 from headrace.engine.generation import Generation
 from headrace.engine.outputs import CompletionOutput, RequestOutput
 from headrace.engine.reading import normalise, pool_prompts, score_prompts
-from headrace.engine.sampling import Choice
+from headrace.engine.sampling import SampledToken
 from headrace.engine.structure import ConstraintCompiler
 from headrace.meter.counters import Counters
 from headrace.meter.meter import Meter
@@ -216,8 +216,8 @@ class Engine:
         self._read(rows, hidden)
         chosen = [row for row, (sequence, _) in enumerate(rows) if sequence.request.generates]
         generations = [self._generations[rows[row][0].number] for row in chosen]
-        choices = choose_tokens(self.model, take(hidden, chosen), generations, self.tokenizer.eos_token_ids)
-        finished = [each for each, choice in zip(generations, choices, strict=True) if self._append(each, choice)]
+        tokens = choose_tokens(self.model, take(hidden, chosen), generations, self.tokenizer.eos_token_ids)
+        finished = [each for each, token in zip(generations, tokens, strict=True) if self._append(each, token)]
         for _, sequence in scheduled:
             if not sequence.request.generates and sequence.computed == len(sequence.tokens):
                 finished.append(self._generations[sequence.number])
@@ -231,13 +231,13 @@ class Engine:
         pooled = [row for row, (sequence, _) in enumerate(rows) if sequence.request.embed is not None]
         pool_prompts([rows[row] for row in pooled], take(hidden, pooled), self._generations)
 
-    def _append(self, generation: Generation, choice: Choice | RowError) -> bool:
+    def _append(self, generation: Generation, token: SampledToken | RowError) -> bool:
         """Give a generation its next token; True when it is complete, or has failed and says why in `.error`."""
         try:
-            if isinstance(choice, RowError):
-                raise choice
+            if isinstance(token, RowError):
+                raise token
             self.counters.output_tokens += 1
-            return generation.append(*choice, room=self.context_length - len(generation.sequence.tokens) - 1)
+            return generation.append(*token, room=self.context_length - len(generation.sequence.tokens) - 1)
         except RowError as error:
             generation.error = error
             return True

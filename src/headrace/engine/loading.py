@@ -88,7 +88,7 @@ class ResolvedOptions:
         }
 
 
-def choose(options: EngineOptions, checkpoint: Checkpoint) -> ResolvedOptions:
+def resolve_options(options: EngineOptions, checkpoint: Checkpoint) -> ResolvedOptions:
     """Raises InputError for settings that cannot work here."""
     policy = make_policy(options.kv)
     options = replace(options, kv=spell_policy(options.kv))
@@ -114,7 +114,7 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     """
     watch = Stopwatch()
     checkpoint = open_checkpoint(options.model)
-    resolved = choose(options, checkpoint)
+    resolved = resolve_options(options, checkpoint)
     options, kernels = resolved.options, TimedKernels(resolved.kernels, watch)
     precision, threads = resolved.precision, resolved.threads
     settings = ModelSettings(

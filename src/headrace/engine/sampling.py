@@ -21,10 +21,10 @@ NUCLEUS_CANDIDATES = 1024
 # A row with less is greedy, as in vLLM: 1e-50 is zero in float32, and logits divided by it are no numbers.
 LEAST_TEMPERATURE = 1e-5
 
-Choice = tuple[int, TokenLogprob | None]
+SampledToken = tuple[int, TokenLogprob | None]
 
 
-def sample(logits: Tensor, generations: Rows[Generation], end_tokens: frozenset[int]) -> list[Choice | RowError]:
+def sample(logits: Tensor, generations: Rows[Generation], end_tokens: frozenset[int]) -> list[SampledToken | RowError]:
     """Choose the next token of each row of logits float32 [R, V], row r being generations[r].
 
     Log probabilities are those of the model itself, before penalties, masks and temperature. A row whose constraint
@@ -41,7 +41,7 @@ def sample(logits: Tensor, generations: Rows[Generation], end_tokens: frozenset[
     tokens = find_likeliest(logits)
     for row, token in draw(logits, generations).items():
         tokens[row] = token
-    choices: list[Choice | RowError] = [(token, None) for token in tokens]
+    choices: list[SampledToken | RowError] = [(token, None) for token in tokens]
     for row, values in zip(wants_logprobs, logprobs if logprobs is not None else (), strict=True):
         choices[row] = (
             tokens[row],
@@ -112,16 +112,15 @@ def count_candidates(params: SamplingParams, vocabulary: int) -> int:
 
 
 def read_probabilities(logits: Tensor, rows: list[int], generations: Rows[Generation]) -> Tensor:
-    """Softmax of some rows of logits [R, V] over their temperatures, less what min_p rules out."""
+    """Softmax of some rows of logits [R, V] over their temperatures, less what each one's own min_p rules out."""
     params = [generations[row].sequence.request.params for row in rows]
     temperature = torch.tensor([each.temperature for each in params], device=logits.device)[:, None]
     chosen = logits[rows]
     probabilities = ((chosen - chosen.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if any(each.min_p for each in params):
-        floor = torch.tensor([each.min_p for each in params], device=logits.device)[:, None]
-        kept = probabilities >= floor * probabilities.amax(-1, keepdim=True)
-        probabilities = probabilities * kept
-        probabilities /= probabilities.sum(-1, keepdim=True)
+    for own, least in zip(probabilities, (each.min_p for each in params), strict=True):
+        if least:
+            own[own < least * own.max()] = 0.0
+            own /= own.sum()
     return probabilities
 
 

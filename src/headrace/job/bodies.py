@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.job.embeddings import VectorForm, describe_vector, unpack
+from headrace.job.embeddings import EmbeddingFormat, describe_vector, unpack
 from headrace.job.openai import CHAT
 from headrace.job.records import Choice, Record, Token
 
@@ -36,7 +36,7 @@ def make_line(record: Record, model: str, fingerprint: str) -> dict[str, Any]:
 def embedding_body(record: Record, model: str) -> dict[str, Any]:
     """What /v1/embeddings answers."""
     tokens, data = record.answer.prompt_tokens, record.answer.embedding or b""
-    entry = describe_vector(unpack(data), VectorForm(record.dimensions, record.as_text))
+    entry = describe_vector(unpack(data), EmbeddingFormat(record.dimensions, record.as_text))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": [entry], "model": model, "usage": usage}
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from headrace.checkpoint import Tokenizer
 from headrace.core import InputError, Pooling, Request, RowError, SamplingParams
-from headrace.job.embeddings import WHOLE, VectorForm
+from headrace.job.embeddings import WHOLE, EmbeddingFormat
 from headrace.job.sources import Row
 from headrace.job.tool_formats import ToolFormat
 from headrace.options import SamplingOptions
@@ -39,7 +39,7 @@ class Draft:
     echo: bool = False
     format: ToolFormat | None = None
     embed: Pooling | None = None
-    vector: VectorForm = WHOLE
+    vector: EmbeddingFormat = WHOLE
 
 
 def forget_prompt(draft: Draft) -> Draft:

@@ -29,14 +29,14 @@ class Embedder:
 
 
 @dataclass(frozen=True, slots=True)
-class VectorForm:
+class EmbeddingFormat:
     """What is wanted of a vector: its first `size` numbers, all for None, as numbers or as base64 text."""
 
     size: int | None = None
     as_text: bool = False
 
 
-WHOLE = VectorForm()
+WHOLE = EmbeddingFormat()
 
 
 def open_embedder(model: str) -> Embedder:
@@ -45,7 +45,7 @@ def open_embedder(model: str) -> Embedder:
     return Embedder(read_pooling(checkpoint.path), read_config(checkpoint.config).hidden_size)
 
 
-def read_asked(fields: Fields, embedder: Embedder) -> tuple[list[str | list[int]], VectorForm]:
+def read_asked(fields: Fields, embedder: Embedder) -> tuple[list[str | list[int]], EmbeddingFormat]:
     """A body's texts or lists of token ids, and the form of their vectors. Raises RowError, naming the field."""
     for name in ("model", "user"):
         fields.take(name)
@@ -53,7 +53,7 @@ def read_asked(fields: Fields, embedder: Embedder) -> tuple[list[str | list[int]
     form = fields.text("encoding_format") or "float"
     if form not in ("float", "base64"):
         raise RowError("invalid_value", f"{fields.prefix}encoding_format must be float or base64, got {form!r:.40}")
-    return inputs, VectorForm(fields.whole("dimensions", 1, embedder.size), form == "base64")
+    return inputs, EmbeddingFormat(fields.whole("dimensions", 1, embedder.size), form == "base64")
 
 
 def read_inputs(value: Any, prefix: str) -> list[str | list[int]]:
@@ -74,7 +74,7 @@ def is_tokens(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is int and 0 <= each < MOST_TOKENS for each in value)
 
 
-def describe_vector(vector: Vector, form: VectorForm, index: int = 0) -> dict[str, Any]:
+def describe_vector(vector: Vector, form: EmbeddingFormat, index: int = 0) -> dict[str, Any]:
     """One entry of the answer's data."""
     found = cut(vector, form.size)
     return {"object": "embedding", "index": index, "embedding": encode(found) if form.as_text else found.tolist()}

@@ -67,7 +67,7 @@ def read_tools(fields: Fields) -> Tools | None:
         if tool.name in tools:
             raise RowError("invalid_value", f"{where} is {tool.name!r}, as an earlier tool: names must differ")
         tools[tool.name] = tool
-    choice = read_choice(fields, tools)
+    choice = read_tool_choice(fields, tools)
     parallel = fields.switch("parallel_tool_calls") is not False
     return Tools(tuple(tools.values()), choice, parallel) if tools else None
 
@@ -106,7 +106,7 @@ def read_parameters(function: Fields) -> dict[str, Any]:
     return {"type": "object"} | schema
 
 
-def read_choice(fields: Fields, tools: dict[str, Tool]) -> str:
+def read_tool_choice(fields: Fields, tools: dict[str, Tool]) -> str:
     value, path = fields.take("tool_choice"), f"{fields.prefix}tool_choice"
     if value is None:
         return "auto"

@@ -175,7 +175,7 @@ def count_pairs(found: StepTime, kind: Literal["chunk", "own", "shared"], pieces
 
 def run_check(llm: LLM, prober: Prober, found: StepTime) -> float:
     """By which share a small mixed pile takes longer than predicted."""
-    tasks = list(make_pile(prober))
+    tasks = list(make_check(prober))
     began = time.perf_counter()
     for task in tasks:
         llm.engine.add(task.request)
@@ -185,7 +185,7 @@ def run_check(llm: LLM, prober: Prober, found: StepTime) -> float:
     return seconds / Simulator(llm.options, Memory.of_engine(llm.engine), found).run(tasks).seconds - 1
 
 
-def make_pile(prober: Prober) -> Iterator[Task]:
+def make_check(prober: Prober) -> Iterator[Task]:
     draw = random.Random(1)
     most = min(256, prober.context // 2)
     for number in range(24):

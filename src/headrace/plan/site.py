@@ -7,7 +7,7 @@ from typing import Any
 
 from headrace.checkpoint import Checkpoint
 from headrace.engine.caching import size_cache
-from headrace.engine.loading import ResolvedOptions, choose
+from headrace.engine.loading import ResolvedOptions, resolve_options
 from headrace.meter.step_time import StepTime, describe_setting, load_step_time
 from headrace.model import describe_kv
 from headrace.model.loading import limit_context, read_config
@@ -35,7 +35,7 @@ class Site:
 
 def open_site(options: EngineOptions, checkpoint: Checkpoint) -> Site:
     """Raises InputError for settings that cannot work here, ModelError for a model that is not supported."""
-    resolved = choose(options, checkpoint)
+    resolved = resolve_options(options, checkpoint)
     options = resolved.options
     config = limit_context(read_config(checkpoint.config), options.max_context)
     shape = describe_kv(config, FORMATS[resolved.precision].dtype)

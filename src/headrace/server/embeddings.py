@@ -8,7 +8,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from headrace.core import Request, RowError, SamplingParams
-from headrace.job.embeddings import Embedder, VectorForm, describe_vector, read_asked
+from headrace.job.embeddings import Embedder, EmbeddingFormat, describe_vector, read_asked
 from headrace.job.fields import Fields
 from headrace.server.answers import count_usage
 from headrace.server.calls import Call, answer, open_call
@@ -33,7 +33,7 @@ async def create_embeddings(http: HttpRequest) -> Response:
     return answer(body | ({"warnings": list(warnings)} if warnings else {}))
 
 
-def read_body(call: Call) -> tuple[list[Request], VectorForm, tuple[str, ...]]:
+def read_body(call: Call) -> tuple[list[Request], EmbeddingFormat, tuple[str, ...]]:
     """One request an input, the form of their vectors, and warnings. Raises RowError, naming the field."""
     fields, llm = Fields(call.body, ""), call.llm
     embedder = Embedder(llm.pooling, llm.engine.model.config.hidden_size)

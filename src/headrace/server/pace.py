@@ -14,7 +14,7 @@ from typing import NamedTuple
 from headrace.checkpoint import open_checkpoint
 from headrace.core import Sequence
 from headrace.engine.engine import Engine
-from headrace.engine.loading import choose
+from headrace.engine.loading import resolve_options
 from headrace.meter.step_time import StepTime, describe_setting, load_step_time, spell_command
 from headrace.options import EngineOptions, ServeOptions
 from headrace.schedule.budget import Deadline
@@ -63,15 +63,15 @@ class Pace:
         were measured, `take` sets a deadline that knows longer contexts, too.
         """
         checkpoint = open_checkpoint(options.model)
-        choice = choose(options, checkpoint)
-        self._measured = load_step_time(describe_setting(checkpoint.hash(), choice.machine, choice.settings))
-        most = choice.options.step_tokens
+        resolved = resolve_options(options, checkpoint)
+        self._measured = load_step_time(describe_setting(checkpoint.hash(), resolved.machine, resolved.settings))
+        most = resolved.options.step_tokens
         if options.step_seconds is not None:
             return options
         if self._measured is not None:
             return replace(options, step_tokens=self._measured.most_tokens(self._serve.itl_target, most))
         most = min(UNMEASURED, most)
-        command = spell_command(choice.options)
+        command = spell_command(resolved.options)
         LOG.warning("steps of %s hold %d tokens: `%s` measures how many fit", options.model, most, command)
         return replace(options, step_tokens=most)
 

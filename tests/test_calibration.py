@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,17 @@ from headrace.checkpoint import open_checkpoint
 from headrace.cli import main
 from headrace.core import InputError
 from headrace.engine import loading
-from headrace.judge.calibration import STORED, Recorder, calibrate, describe_rounding, has_blocks, keep, record_inputs
+from headrace.judge.calibration import (
+    STORED,
+    Recorder,
+    calibrate,
+    describe_rounding,
+    find_best,
+    has_blocks,
+    keep,
+    record_inputs,
+)
+from headrace.judge.quality import measure_perplexity
 from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.reference import ReferenceKernels, dequantize
 from headrace.model import ModelSettings, load_model
@@ -82,6 +93,26 @@ def test_inputs_are_those_of_each_product(tiny_model: Path) -> None:
     layer, residual = model.layers[0], model.embedding[torch.tensor(text + text[:20])]
     normed = ReferenceKernels().rms_norm(residual, layer.attention_norm, model.config.norm_eps)
     torch.testing.assert_close(grams[layer.query_key_value.name], normed.T @ normed, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_measured_afterwards_adds_nothing(tiny_model: Path) -> None:
+    recorder = Recorder(ReferenceKernels())
+    model = load_model(open_checkpoint(str(tiny_model)), recorder, ModelSettings(precision="fp32"))  # type: ignore[arg-type]
+    seen, held_back = ([[1 + (7 * place + shift) % 90 for place in range(32)]] for shift in range(2))
+    grams = record_inputs(model, recorder, seen)
+    before = {name: gram.clone() for name, gram in grams.items()}
+    measure_perplexity(model, held_back, lambda done, total: None)
+    assert grams.keys() == before.keys() and all(torch.equal(grams[name], before[name]) for name in before)
+    # A second recording begins anew, and leaves the first alone.
+    again = record_inputs(model, recorder, held_back)
+    assert not any(torch.equal(again[name], before[name]) for name in before)
+    assert all(torch.equal(grams[name], before[name]) for name in before)
+
+
+def test_a_method_without_a_number_is_not_the_best() -> None:
+    assert find_best({"rounding": math.nan, "gptq": 7.0, "awq": 6.0, "awq and gptq": 6.0}) == "awq"
+    assert find_best({"rounding": math.nan, "gptq": math.inf}) == "gptq"
+    assert find_best({"rounding": math.nan, "gptq": math.nan}) == "rounding"
 
 
 def test_the_best_is_kept_and_used(tiny_model: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

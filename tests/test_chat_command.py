@@ -22,6 +22,7 @@ import pytest
 
 from headrace.cli import main
 from headrace.cli.answering import LocalModel, Server, TooLong
+from headrace.cli.chatting import Chat
 from headrace.cli.conversation import Conversation, Entry, Message, Reply, Turn, obey, read_entry
 from headrace.core import HeadraceError, InputError, SamplingParams
 
@@ -96,7 +97,7 @@ def test_undo_and_retry_go_back() -> None:
     talk = talk_of(("a", "b"), ("c", "d"))
     assert obey(talk, "/undo").text == "the last turn is taken back; 1 turn left"
     talk.params = SamplingParams(temperature=0.5)
-    assert obey(talk, "/retry") == Reply(question="a")
+    assert obey(talk, "/retry") == Reply(again=Turn("a", "b"))
     assert talk.turns == []
     for command in ("/undo", "/retry"):
         with pytest.raises(InputError, match="the conversation is empty"):
@@ -219,6 +220,10 @@ def ask(text: str) -> list[Message]:
     return [Message("user", text)]
 
 
+def ask_plainly(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
 def test_model_here_answers_as_llm_does(local: LocalModel) -> None:
     params = SamplingParams(max_tokens=20)
     pieces = list(local.stream(ask("What turns?"), params))
@@ -241,6 +246,38 @@ def test_interrupt_stops_an_answer_and_the_next_one_is_whole(local: LocalModel) 
     assert len(pieces) == 1 and whole.startswith(pieces[0])
     assert signal.getsignal(signal.SIGINT) is handler
     assert "".join(local.stream(ask("What turns?"), params)) == whole
+
+
+class Interrupter:
+    """Presses Ctrl-C once a step has ended."""
+
+    def hear(self, name: str, start: float, end: float) -> None:
+        if name == "sampling":
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupt_in_a_step_that_adds_no_text_is_heard(local: LocalModel) -> None:
+    (whole,) = local.llm.chat([*ask_plainly("What turns?")], SamplingParams(max_tokens=1), progress=False)
+    params = SamplingParams(max_tokens=9, stop_token_ids=tuple(whole.outputs[0].token_ids))
+    assert list(local.stream(ask("What turns?"), params)) == []
+    watch = local.llm.engine.meter.watch
+    watch.listener = Interrupter()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(local.stream(ask("What turns?"), params))
+    finally:
+        watch.listener = None
+    assert (local.tokens, local.cut) == (1, False)
+
+
+def test_an_answer_that_ends_with_its_last_token_is_not_cut(local: LocalModel) -> None:
+    (whole,) = local.llm.chat([*ask_plainly("What turns?")], SamplingParams(max_tokens=5), progress=False)
+    last = whole.outputs[0].token_ids[-1]
+    length = whole.outputs[0].token_ids.index(last) + 1
+    list(local.stream(ask("What turns?"), SamplingParams(max_tokens=length)))
+    assert (local.tokens, local.cut) == (length, True)
+    list(local.stream(ask("What turns?"), SamplingParams(max_tokens=length, stop_token_ids=(last,))))
+    assert (local.tokens, local.cut) == (length, False)
 
 
 def test_history_leaves_room_for_an_answer(local: LocalModel) -> None:
@@ -380,6 +417,34 @@ def test_pipe_with_a_model_here(tiny_model: Path) -> None:
     result = run("--model", str(tiny_model), "--max-tokens", "5", "--quiet", typed="What turns?\n")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.strip()
+
+
+@pytest.mark.parametrize("language", ["C.UTF-8", "C"])
+def test_pipe_of_bytes_that_are_no_text_is_refused(script: Script, language: str) -> None:
+    # Under the second locale Python lets such bytes through, as surrogates.
+    wrong = subprocess.run(
+        [*PROGRAM, "--url", script.url],
+        input=b"caf\xe9\n",
+        capture_output=True,
+        env=os.environ | {"LC_ALL": language, "PYTHONUTF8": ""},
+        timeout=120,
+    )
+    assert (wrong.returncode, wrong.stdout, script.asked) == (2, b"", [])
+    assert wrong.stderr == b"headrace: error: the input must be text in utf-8: it holds other bytes\n"
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_retry_that_fails_leaves_the_turn_as_it_was(script: Script, left_out: int) -> None:
+    talk = talk_of(("a", "b"), ("c", "d"), ("e", "f"))
+    talk.first = left_out
+    chat = Chat(talk, Server(script.url, None, None), plain=True, quiet=True)
+    script.status, script.lines = 500, ['{"error": {"message": "it broke"}}']
+    with pytest.raises(HeadraceError, match="it broke"):
+        chat.follow(Entry("/retry", True))
+    assert talk == Conversation(turns=[Turn("a", "b"), Turn("c", "d"), Turn("e", "f")], first=left_out)
+    script.status, script.lines = 200, ANSWER
+    chat.follow(Entry("/retry", True))
+    assert talk.turns == [Turn("a", "b"), Turn("c", "d"), Turn("e", "Héllo")]
 
 
 def test_pipe_ends_at_the_first_error(script: Script) -> None:

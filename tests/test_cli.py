@@ -38,7 +38,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"headrace {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["--help"], ["-h"], ["pull", "--help"], ["models", "--help"]])
+@pytest.mark.parametrize(
+    "command", [[], ["--help"], ["-h"], ["pull", "--help"], ["models", "--help"], ["bench"], ["eval"]]
+)
 def test_help_of_commands(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     assert capsys.readouterr().out.startswith("Usage: headrace")
@@ -59,6 +61,7 @@ def test_help_of_commands(command: list[str], capsys: pytest.CaptureFixture[str]
         (["run", "in.jsonl", "--kv-cache-bytes"], "option '--kv-cache-bytes' requires an argument"),
         (["run", "in.jsonl", "--config", "none.toml"], "none.toml: cannot read the settings"),
         (["run", "-"], "say where the answers go with -o OUTPUT"),
+        (["plan", "-"], "a plan reads its rows from a file: name one instead of -"),
         (["run", "in.csv", "--regex", "(unclosed"], "the regex constraint cannot be used: at 1(8): invalid regex"),
         (["plan", "in.csv", "--regex", "a{2,1}"], "the regex constraint cannot be used: at 1(8): invalid regex"),
         (["rum"], "no such command 'rum'. Did you mean 'run'?"),

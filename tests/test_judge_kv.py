@@ -20,8 +20,11 @@ from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.choice import make_policy
 from headrace.cache.policies.kivi import Kivi
 from headrace.cache.policies.plain import Plain
+from headrace.checkpoint import open_checkpoint
 from headrace.cli import main
 from headrace.core import InputError
+from headrace.engine.loading import resolve_options
+from headrace.engine.tuned import save_tuned
 from headrace.judge.contexts import TASKS
 from headrace.judge.contexts_summary import summarise
 from headrace.judge.driver import CacheDriver
@@ -32,6 +35,7 @@ from headrace.judge.kv_room import Room, count_batch, find_room
 from headrace.judge.shared_contexts import ContextsJudge, write_script
 from headrace.kernels.base import LayerCache
 from headrace.kernels.reference import read_blocks
+from headrace.options import EngineOptions
 
 NOTHING = Degradation(0.0, 0.0, 0.0, 1.0)
 CONTEXT = 100
@@ -78,11 +82,11 @@ def ignore(_: str) -> None:
 
 def count_texts(llm: LLM, episode: Episode, turn: int, mode: str) -> tuple[list[int], list[int]]:
     """Tokens before a turn's gold answer, part by part as an episode is cut, and the answer's."""
-    piece = list(episode.pieces(mode))[turn]  # type: ignore[arg-type]
+    asked = episode.turns[turn]
     tokens = llm.tokenizer.encode(episode.context)
     for earlier in episode.turns[:turn] if mode == "multi_turn" else ():
         tokens += llm.tokenizer.encode(earlier.query, False) + llm.tokenizer.encode(earlier.answer, False)
-    return tokens + llm.tokenizer.encode(piece.query, False), llm.tokenizer.encode(piece.answer, False)
+    return tokens + llm.tokenizer.encode(asked.query, False), llm.tokenizer.encode(asked.answer, False)
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +308,31 @@ def test_eval_kv_from_the_command_line(llm: LLM, tmp_path: Path, capsys: pytest.
     assert main([*asked, "--contexts", "64,x"]) == 2 and "--contexts" in capsys.readouterr().err
     assert main([*asked, "--contexts", "1000"]) == 2 and "context holds 1,024" in capsys.readouterr().err
     assert main(["eval", "kv", *common, "--kv", "none"]) == 2 and "no policy 'none'" in capsys.readouterr().err
+
+
+def test_what_tune_prefers_does_not_count(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("The mill by the river grinds wheat.\n\n" * 200)
+    common = ["--text", str(text), "--model", llm.options.model, "--precision", "fp32", "--kv", "kivi(k=2, v=2)"]
+    commands = (
+        ["eval", "kv", *common, "--windows", "2", "--contexts", "100", "--json"],
+        ["eval", "contexts", *common, "--tokens", "200", "--task", "math_find", "--json"],
+    )
+
+    def judge_all() -> list[dict[str, Any]]:
+        assert [main(command) for command in commands] == [0, 0]
+        return [json.loads(line) | {"attention_ns": None} for line in capsys.readouterr().out.splitlines()]
+
+    before = judge_all()
+    options = EngineOptions(model=llm.options.model, precision="fp32", kv_cache_bytes=1 << 22)
+    machine = resolve_options(options, open_checkpoint(options.model)).machine
+    save_tuned(llm.model_hash, machine, "fp32", {"block_size": 64})
+    with LLM(**dataclasses.asdict(options)) as tuned, LLM(**dataclasses.asdict(options) | {"kv": "kivi"}) as under_kv:
+        assert (tuned.options.block_size, under_kv.options.block_size) == (64, 32)
+    assert judge_all() == before
 
 
 def test_eval_contexts_from_the_command_line(llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from headrace import LLM, SamplingParams
 from headrace.cli import main
 from headrace.core import InputError
-from headrace.engine import memory
 from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.matrix import PackedWeight
@@ -216,6 +215,40 @@ def test_a_report_is_shown_and_drawn(tiny_model: Path, tmp_path: Path, capsys: p
         draw_page({"settings": {}})
 
 
+@pytest.mark.parametrize(
+    ("part", "field", "wanted"),
+    [
+        ("", "requests", []),
+        ("", "rows_shared", []),
+        ("", "verdict", []),
+        ("job", "succeeded", []),
+        ("", "operators", ["--html", "page.html"]),
+    ],
+)
+def test_a_report_of_another_version_is_refused_in_words(
+    part: str,
+    field: str,
+    wanted: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fields = dict.fromkeys(("requests", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "steps"), 1)
+    fields |= dict.fromkeys(("preemptions", "kv_peak_bytes", "kv_budget_bytes", "peak_rss_bytes"), 1)
+    fields |= dict.fromkeys(("load_s", "wall_s", "total_tokens_per_s", "output_tokens_per_s"), 1)
+    fields |= dict.fromkeys(("rows_resumed", "rows_shared", "rows_shortened"), 0)
+    report: dict[str, Any] = fields | describe(verdict="Bounded by nothing.", mfu=None, peaks=None, operators={})
+    report["job"] = {"rows": 1, "succeeded": 1, "failed": 0}
+    path = tmp_path / "old.report.json"
+    path.write_text(json.dumps(report))
+    assert main(["report", str(path), *wanted]) == 0
+    del (report[part] if part else report)[field]
+    path.write_text(json.dumps(report))
+    assert main(["report", str(path), *wanted]) == 2
+    assert f"another version of headrace: its field '{field}' is missing" in capsys.readouterr().err
+
+
 def test_peaks_are_kept_by_machine_and_threads(tmp_path: Path) -> None:
     path = tmp_path / "peaks.json"
     assert load_peaks("here", 1, path) is None
@@ -266,13 +299,16 @@ def test_energy_counters_wrap(tmp_path: Path) -> None:
     assert counter.read() == pytest.approx(1.5 + 299.7)
 
 
-def test_files_that_nobody_reads_are_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("800000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    assert memory.read_available_bytes() == 100_000
-    (tmp_path / "memory.stat").write_text("anon 90000\ninactive_file 600000\nactive_file 10000\n")
-    assert memory.read_available_bytes() == 700_000
+def test_energy_is_that_of_the_packages_and_of_nothing_around_them(tmp_path: Path) -> None:
+    names = {"intel-rapl:0": "package-0", "intel-rapl:1": "psys", "intel-rapl:2": "package-1-die-0"}
+    for zone, name in names.items():
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "name").write_text(f"{name}\n")
+        (tmp_path / zone / "energy_uj").write_text("0\n")
+    counter = EnergyCounter(tmp_path)
+    for place, zone in enumerate(names):
+        (tmp_path / zone / "energy_uj").write_text(f"{10**place * 1_000_000}\n")
+    assert counter.read() == pytest.approx(101)
 
 
 def describe(**changes: Any) -> dict[str, Any]:
@@ -305,7 +341,16 @@ def describe(**changes: Any) -> dict[str, Any]:
         ({"preemptions": 3}, 2, "more KV memory"),
         ({"kv_peak_bytes": 99}, 2, "more KV memory"),
         ({}, 4, "2 of 4 cores worked"),
+        ({"settings": {"threads": 2, "threads_reason": "tuned", "precision": "int8"}}, 4, "no setting is left"),
         ({"settings": {"threads": 2, "precision": "bf16"}}, 2, "--precision int8 would help most: .* 2.0 times"),
+        (
+            {
+                "settings": {"threads": 2, "precision": "bf16"},
+                "peaks": {"operations_per_s": {"fp32": 1.0, "bf16": 2.0, "int8": 2.1}},
+            },
+            2,
+            "no setting is left",
+        ),
         ({"decode": {"seconds": 9.0}, "timeline": [[0.0, 10.0, 1, 9, 1]]}, 2, "more rows at once"),
         (
             {"time_by_part_s": dict.fromkeys(KERNEL_PARTS, 0.5) | {"tokenization": 18.0}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,24 @@ def test_sampling_options_are_sampling_params() -> None:
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"logit_bias": {"50": -100}},
+        {"logit_bias": {True: 1}},
+        {"stop_token_ids": ("50",)},
+        {"stop_token_ids": "50"},
+        {"stop_token_ids": (-1,)},
+    ],
+)
+def test_token_ids_are_whole_numbers(wrong: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match="token id of logit_bias and stop_token_ids must be a whole number of at least 0"
+    ):
+        SamplingParams(**wrong)
+    assert SamplingParams(logit_bias={50: -100}, stop_token_ids=[7]).stop_token_ids == (7,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("text", "size"),
     [
         ("0", 0),
@@ -49,6 +68,12 @@ def test_sampling_options_are_sampling_params() -> None:
         ("1.5GiB", 3 * 2**29),
         ("64kB", 64_000),
         ("2TiB", 2**41),
+        ("2.01GB", 2_010_000_000),
+        ("1.07GB", 1_070_000_000),
+        ("0.0000001TB", 100_000),
+        ("1.1GiB", 1_181_116_006),
+        ("0.3KiB", 307),
+        ("9007199254740993.0B", 2**53 + 1),
     ],
 )
 def test_sizes(text: str, size: int) -> None:

@@ -149,6 +149,26 @@ def quick_measuring(few_sizes: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     yield
 
 
+@pytest.mark.usefixtures("quick_measuring")
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_step_times_that_cannot_be_kept_are_shown(
+    form: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What is written there finds no room, as on a full disk.
+    (tmp_path / "cache" / "headrace").mkdir(parents=True)
+    part = tmp_path / "cache" / "headrace" / "step_times.json.part"
+    part.symlink_to("/dev/full")
+    command = ["bench", "steps", "--model", str(tiny_model), "--precision", "fp32", "--threads", "1", *form]
+    assert main(command) == 3
+    printed = capsys.readouterr()
+    assert "kept in" not in printed.out and ("; not kept\n" in printed.out) == (not form)
+    assert json.loads(printed.out)["tokens"] if form else "a small pile was foreseen" in printed.out
+    assert printed.err.startswith(f"headrace: error: the result cannot be kept in {part.with_suffix('')}: No space")
+    assert printed.err.count("\n") == 1
+    part.unlink()
+    assert main(command) == 0 and part.with_suffix("").exists()
+
+
 def test_too_little_kv_memory_is_said(few_sizes: None, tiny_model: Path) -> None:
     with LLM(**asdict(engine_options(tiny_model, kv_cache_bytes=8192 * 20))) as llm:
         prober = KnownMachine(llm, TIMES)

@@ -35,6 +35,10 @@ def test_what_was_found_replaces_defaults_and_nothing_else(tiny_model: Path) -> 
     chosen = resolve_options(replace(plain, max_sequences=7), checkpoint).options
     assert (chosen.step_tokens, chosen.max_sequences, chosen.block_size) == (512, 7, 16)
     assert resolve_options(replace(plain, tuned=False), checkpoint).options.step_tokens == plain.step_tokens
+    save_tuned(checkpoint.hash(), machine, "fp32", found | {"threads": 1})
+    reasons = [resolve_options(each, checkpoint).threads_reason for each in (plain, replace(plain, threads=1))]
+    assert reasons == ["tuned", "asked for"]
+    assert resolve_options(replace(plain, tuned=False), checkpoint).threads_reason == "all cores"
     with LLM(**asdict(replace(plain, kv_cache_bytes=4 << 20))) as llm:
         assert llm.engine.state.limits.step_tokens == 512 == llm.resolved["step_tokens"] == llm.options.step_tokens
         assert llm.engine.cache.layout.block_size == 16

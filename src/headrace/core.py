@@ -79,8 +79,7 @@ class SamplingParams:
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         check_range("n", self.n, 1, 128, whole=True)
         check_range("max_tokens", self.max_tokens, 1, whole=True)
@@ -93,8 +92,10 @@ class SamplingParams:
         check_range("frequency_penalty", self.frequency_penalty, -2, 2)
         check_range("repetition_penalty", self.repetition_penalty, 1e-3, 100)
         check_range("logprobs", self.logprobs or 0, 0, 20, whole=True)
-        if not all(isinstance(text, str) and text for text in stop) or len(stop) > 16:
+        if not all(isinstance(text, str) and text for text in self.stop) or len(self.stop) > 16:
             raise ValueError(f"stop must be at most 16 non-empty strings, got {self.stop!r}")
+        for token in (*self.logit_bias, *self.stop_token_ids):
+            check_range("each token id of logit_bias and stop_token_ids", token, 0, whole=True)
         for token, bias in self.logit_bias.items():
             check_range(f"logit_bias[{token}]", bias, -100, 100)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 
 from headrace.cli.conversation import Message
-from headrace.core import HeadraceError, InputError, SamplingParams
+from headrace.core import HeadraceError, InputError, Request, SamplingParams
 
 # A server may have a queue; longer than this between two pieces is a server that hangs.
 PATIENCE_SECONDS = 600.0
@@ -55,23 +55,31 @@ class LocalModel:
         self.cut = False
 
     def stream(self, messages: Sequence[Message], params: SamplingParams) -> Iterator[str]:
+        from headrace.cli.endings import EndingReader
+        from headrace.engine.stream import speak
+
         plain = [msgspec.structs.asdict(message) for message in messages]
         tokenizer, context = self.llm.tokenizer, self.llm.context_length
-        length = len(tokenizer.encode(tokenizer.render_chat(plain), special=False))
+        prompt = tuple(tokenizer.encode(tokenizer.render_chat(plain), special=False))
+        length = len(prompt)
         # A history makes room for an answer; a single question may take all.
         room = min(params.max_tokens, context // 4) if len(messages) > 2 else 1
         if length + room > context:
             raise TooLong(f"the message makes a prompt of {length} tokens; the context holds {context}")
-        before = self.llm.engine.counters.output_tokens
+        engine, reader = self.llm.engine, EndingReader(tokenizer, params)
+        before = engine.counters.output_tokens
         try:
             with soft_interrupt() as asked:
-                for piece in self.llm.stream_chat(plain, params):
+                for piece in speak(engine, Request("0", prompt, params), reader):
                     yield piece
                     if asked.is_set():
                         raise KeyboardInterrupt
+                # The last steps may have added no text: the end token, or what is left out of it.
+                if asked.is_set():
+                    raise KeyboardInterrupt
         finally:
-            self.tokens = self.llm.engine.counters.output_tokens - before
-            self.cut = self.tokens >= min(params.max_tokens, context - length)
+            self.tokens = engine.counters.output_tokens - before
+            self.cut = reader.finish_reason == "length"
 
     def close(self) -> None:
         self.llm.close()

@@ -15,7 +15,7 @@ from headrace.options import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from headrace.cli.answering import Answerer
-    from headrace.cli.conversation import Conversation, Entry
+    from headrace.cli.conversation import Conversation, Entry, Turn
 
 TEMPERATURE = "0 is greedy; higher is more random."
 BOLD, DIM, PLAIN = "\033[1m", "\033[2m", "\033[0m"
@@ -104,9 +104,10 @@ class Chat:
             import readline  # noqa: F401
 
             self.note(f"{self.answerer.name}; /help lists the commands, Ctrl-D leaves")
-        while (entry := self.read()) is not None:
+        while True:
             try:
-                if not self.follow(entry):
+                entry = self.read()
+                if entry is None or not self.follow(entry):
                     return
             except HeadraceError as error:
                 if not self.person:
@@ -130,12 +131,17 @@ class Chat:
                 print()
 
     def read_line(self, first: bool) -> str:
-        if self.person:
-            mark = "> " if first else ". "
+        """Raises EOFError at the end of the input, InputError for bytes that are no text."""
+        mark = "> " if first else ". "
+        try:
             # The marks around it tell readline that it takes no room.
-            return input(f"\001{BOLD}\002{mark}\001{PLAIN}\002" if self.prompt_styled else mark)
-        line = sys.stdin.readline()
-        if not line:
+            styled = f"\001{BOLD}\002{mark}\001{PLAIN}\002" if self.prompt_styled else mark
+            line = input(styled) if self.person else sys.stdin.readline()
+            # Under some locales such bytes come through as surrogates.
+            line.encode()
+        except UnicodeError:
+            raise InputError(f"the input must be text in {sys.stdin.encoding}: it holds other bytes") from None
+        if not line and not self.person:
             raise EOFError
         return line.rstrip("\n")
 
@@ -150,12 +156,12 @@ class Chat:
         reply = obey(self.talk, entry.text)
         if reply.text:
             self.note(reply.text)
-        if reply.question is not None:
-            self.answer(reply.question)
+        if reply.again is not None:
+            self.answer(reply.again.question, reply.again)
         return not reply.leave
 
-    def answer(self, question: str) -> None:
-        """Ask, and keep question and answer; after an error neither is kept."""
+    def answer(self, question: str, replaced: Turn | None = None) -> None:
+        """Ask, and keep question and answer; after an error neither is kept, and the turn they replace is back."""
         from headrace.cli.answering import TooLong
         from headrace.cli.conversation import Turn
 
@@ -172,7 +178,9 @@ class Chat:
             if self.context_is_full():
                 self.make_room()
         finally:
-            if turn.answer is None:
+            if turn.answer is None and replaced is not None:
+                self.talk.turns[-1] = replaced
+            elif turn.answer is None:
                 self.talk.take_back()
 
     def context_is_full(self) -> bool:

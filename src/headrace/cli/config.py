@@ -70,4 +70,8 @@ def default_output(source: str) -> str:
     """Where the answers go without -o: NAME.out.jsonl in the current folder for an input NAME.anything."""
     if source == "-":
         raise InputError("say where the answers go with -o OUTPUT when the input is standard input")
+    return name_output(source)
+
+
+def name_output(source: str) -> str:
     return f"{Path(source).stem}.out.jsonl"

@@ -98,10 +98,10 @@ class Conversation:
 
 
 class Reply(NamedTuple):
-    """What follows from a command: a text for the user, a question to ask now, or the end."""
+    """What follows from a command: a text for the user, a turn whose question to ask again now, or the end."""
 
     text: str = ""
-    question: str | None = None
+    again: Turn | None = None
     leave: bool = False
 
 
@@ -142,8 +142,8 @@ def clear(talk: Conversation, _: str) -> Reply:
 
 
 def retry(talk: Conversation, _: str) -> Reply:
-    question = talk.take_back().question
-    return Reply("at temperature 0 an answer is always the same" if talk.params.greedy else "", question)
+    turn = talk.take_back()
+    return Reply("at temperature 0 an answer is always the same" if talk.params.greedy else "", turn)
 
 
 def undo(talk: Conversation, _: str) -> Reply:

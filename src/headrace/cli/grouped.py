@@ -1,4 +1,4 @@
-"""How commands print their help. Knows no command."""
+"""How commands, and groups of them, print their help. Knows no command."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ class GroupedCommand(typer.core.TyperCommand):
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)
+
+
+class HelpfulGroup(typer.core.TyperGroup):
+    """Commands of one name. The name alone prints their help, as `headrace` alone does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +13,11 @@ import typer
 
 from headrace.cli.flags import make_flag
 from headrace.cli.measuring import read_text
+from headrace.cli.outcome import spell_json
 from headrace.cli.planning import write_page
 from headrace.cli.settings import parse_size
 from headrace.core import InputError
-from headrace.options import DEFAULT_MODEL
+from headrace.options import DEFAULT_MODEL, EngineOptions
 
 if TYPE_CHECKING:
     from headrace.judge.driver import Tell
@@ -32,13 +32,13 @@ COMMON = (
     make_flag("kv", list[str], NEEDED, "--policies", metavar="POLICY", help="Such as 'kivi(k=4, v=2)'; give several."),
     make_flag("model", str, DEFAULT_MODEL, help="A name from `headrace models`, a model folder or a .gguf file."),
     make_flag("precision", str, "auto", help="auto, fp32, bf16, int8 or int4."),
-    make_flag("json", bool, False, help="Print JSON, a line for each policy."),
 )
 KV_FLAGS = (
     *COMMON,
     make_flag("contexts", str, "1024", metavar="N,N", help="Lengths of the contexts in tokens."),
     make_flag("windows", int, 12, min=2, help="Contexts of each length, spread over the text."),
     make_flag("kv_cache_bytes", str, "500MB", metavar="SIZE", help="Memory for which the largest batch is told."),
+    make_flag("json", bool, False, help="Print JSON, a line for each policy and context."),
     make_flag("job", bool, False, help="Also run a job of twice the contexts that this memory holds plain."),
     make_flag("html", Path | None, None, metavar="FILE", help="Draw it: a page that opens without a network."),
 )
@@ -47,6 +47,7 @@ CONTEXTS_FLAGS = (
     make_flag("task", list[str] | None, None, help="Only this task; give several. All if not given."),
     make_flag("tokens", int, 500, min=200, help="About how many tokens a context has."),
     make_flag("episodes", int, 1, min=1, help="Episodes of each task."),
+    make_flag("json", bool, False, help="Print JSON, a line for each policy and mode."),
 )
 
 
@@ -199,9 +200,14 @@ def judge_contexts(
 
 
 def load_model(flags: dict[str, Any]) -> LLM:
+    """The model with the settings that a run under a KV policy has."""
+    from headrace.cache.policies.choice import FULL
     from headrace.llm import LLM
 
-    return LLM(flags["model"], precision=flags["precision"], kv_cache_bytes=UNUSED_CACHE)
+    llm = LLM(flags["model"], precision=flags["precision"], kv_cache_bytes=UNUSED_CACHE)
+    # What `headrace tune` prefers is for the plain cache: what another one loses depends on the size of its blocks.
+    llm.use_kv(FULL, EngineOptions().block_size)
+    return llm
 
 
 def check_policies(kv: Sequence[str]) -> None:
@@ -234,4 +240,4 @@ def read_numbers(text: str) -> list[int]:
 
 
 def print_line(row: dict[str, Any]) -> None:
-    typer.echo(json.dumps(row))
+    typer.echo(spell_json(row))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +15,8 @@ import typer
 
 from headrace.cli.config import fill
 from headrace.cli.flags import AsJson, Model, Precision, make_parameter, sign
-from headrace.cli.grouped import GroupedCommand
+from headrace.cli.grouped import GroupedCommand, HelpfulGroup
+from headrace.cli.outcome import keeping, spell_json
 from headrace.cli.planning import write_page
 from headrace.cli.settings import all_settings
 from headrace.core import InputError
@@ -34,8 +38,8 @@ STEPS_FLAGS = [
     inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson),
 ]
 
-bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
-judge = typer.Typer(help="Measure what a number format or a KV policy costs in quality.", no_args_is_help=True)
+bench = typer.Typer(help="Measure this machine.", cls=HelpfulGroup)
+judge = typer.Typer(help="Measure what a number format or a KV policy costs in quality.", cls=HelpfulGroup)
 
 
 @bench.command(cls=GroupedCommand)
@@ -53,20 +57,20 @@ def peaks(threads: Threads = None, instruction_set: InstructionSet = "auto", as_
 
     from headrace.kernels import choose_kernels
     from headrace.kernels.peaks import measure_peaks
-    from headrace.meter.peaks import count_cores, save_peaks
+    from headrace.meter.peaks import count_cores, peaks_path, save_peaks
 
     console = Console(stderr=True)
     with console.status("measuring") as status:
         found = measure_peaks(choose_kernels("cpu", "cpu", instruction_set), threads or count_cores(), status.update)
-    path = save_peaks(found)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
-        return
-    typer.echo(f"{found.machine}, {found.threads} threads; kept in {path}")
-    for name, rate in found.operations.items():
-        products = ", ".join(f"{value / 1e9:.0f} at {rows} rows" for rows, value in found.products[name].items())
-        typer.echo(f"{name:5} {rate / 1e9:5.0f} G operations/s at most; products {products}")
-    typer.echo("memory " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in found.memory.items()))
+    with keeping(peaks_path(), lambda: save_peaks(found)) as kept:
+        if as_json:
+            typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+            return
+        typer.echo(f"{found.machine}, {found.threads} threads; {kept or 'not kept'}")
+        for name, rate in found.operations.items():
+            products = ", ".join(f"{value / 1e9:.0f} at {rows} rows" for rows, value in found.products[name].items())
+            typer.echo(f"{name:5} {rate / 1e9:5.0f} G operations/s at most; products {products}")
+        typer.echo("memory " + ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in found.memory.items()))
 
 
 def steps(as_json: bool, **flags: object) -> None:
@@ -84,20 +88,19 @@ def steps(as_json: bool, **flags: object) -> None:
     from rich.console import Console
 
     from headrace.llm import LLM
-    from headrace.meter.step_time import save_step_time
+    from headrace.meter.step_time import save_step_time, step_times_path
     from headrace.plan.fitting import fit_step_time
 
-    with LLM(**dataclasses.asdict(options)) as llm:
-        with Console(stderr=True).status("measuring") as status:
-            found = fit_step_time(llm, status.update)
-        path = save_step_time(found)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
-        return
-    typer.echo(f"{found.setting}; kept in {path}")
-    for name, table in (("tokens", found.tokens), ("sequences", found.wanted)):
-        typer.echo(f"{name:10} " + ", ".join(f"{count}: {seconds * 1e3:.2f} ms" for count, seconds in table))
-    typer.echo(f"a small pile was foreseen with an error of {found.error:.1%}")
+    with LLM(**dataclasses.asdict(options)) as llm, Console(stderr=True).status("measuring") as status:
+        found = fit_step_time(llm, status.update)
+    with keeping(step_times_path(), lambda: save_step_time(found)) as kept:
+        if as_json:
+            typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+            return
+        typer.echo(f"{found.setting}; {kept or 'not kept'}")
+        for name, table in (("tokens", found.tokens), ("sequences", found.wanted)):
+            typer.echo(f"{name:10} " + ", ".join(f"{count}: {seconds * 1e3:.2f} ms" for count, seconds in table))
+        typer.echo(f"a small pile was foreseen with an error of {found.error:.1%}")
 
 
 bench.command(cls=GroupedCommand)(sign(steps, STEPS_FLAGS))
@@ -122,6 +125,7 @@ def ppl(
     from headrace.llm import LLM
 
     with LLM(model, precision=precision) as llm, Steps("windows") as steps:  # type: ignore[arg-type]
+        check_window(window, llm.context_length)
         windows = cut_text(read_text(text), llm.tokenizer, window, most)
         found = measure_perplexity(llm.engine.model, windows, steps.tell)
         values = {"precision": llm.resolved["precision"], **dataclasses.asdict(found), "window": window}
@@ -148,7 +152,7 @@ def agree(
     """
     from headrace.judge.quality import cut_text, measure_agreement
     from headrace.llm import LLM
-    from headrace.meter.losses import save_loss
+    from headrace.meter.losses import losses_path, save_loss
 
     small: dict[str, Any] = {"kv_cache_bytes": 64 * 2**20}
     with (
@@ -156,14 +160,16 @@ def agree(
         LLM(model, precision=precision, **small) as other,  # type: ignore[arg-type]
         Steps("windows") as steps,
     ):
+        check_window(window, one.context_length)
         windows = cut_text(read_text(text), one.tokenizer, window, most)
         found = measure_agreement(one.engine.model, other.engine.model, windows, steps.tell)
-        values: dict[str, Any] = {"precision": other.resolved["precision"], "against": one.resolved["precision"]}
-        values["loss"] = found.other_perplexity / found.perplexity - 1
-        values["kept"] = values["against"] in ("bf16", "fp32") and found.tokens >= LEAST_TOKENS
-        if values["kept"]:
-            save_loss(one.model_hash, values["precision"], values["loss"])
-    show(values | dataclasses.asdict(found) | {"window": window}, as_json)
+    values: dict[str, Any] = {"precision": other.resolved["precision"], "against": one.resolved["precision"]}
+    values["loss"] = found.other_perplexity / found.perplexity - 1
+    worth = values["against"] in ("bf16", "fp32") and found.tokens >= LEAST_TOKENS and math.isfinite(values["loss"])
+    save = partial(save_loss, one.model_hash, values["precision"], values["loss"])
+    with keeping(losses_path(), save) if worth else nullcontext("") as kept:
+        values["kept"] = bool(kept)
+        show(values | dataclasses.asdict(found) | {"window": window}, as_json)
 
 
 def quantize(
@@ -194,17 +200,19 @@ def quantize(
     from headrace.judge.quality import cut_text
     from headrace.kernels import choose_kernels
     from headrace.meter.peaks import count_cores
+    from headrace.model.loading import read_config
 
     kernels, checkpoint = choose_kernels("auto", "cpu"), open_checkpoint(model)
     kernels.set_threads(threads or count_cores())
     # The sums and searches are torch's, and nothing else runs meanwhile.
     torch.set_num_threads(threads or count_cores())
+    check_window(window, read_config(checkpoint.config).context_length)
     windows = cut_text(read_text(text), checkpoint.tokenizer(), window, most)
     with Console(stderr=True).status("reading") as status:
         found = calibrate(checkpoint, kernels, windows, group, status.update)
     losses = {name: each / found.plain - 1 for name, each in found.perplexities.items()}
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found) | {"losses": losses, "group": group}))
+        typer.echo(spell_json(dataclasses.asdict(found) | {"losses": losses, "group": group}))
         return
     typer.echo(f"{'bf16':14} perplexity {found.plain:.3f} on {found.tokens:,} tokens")
     for name, loss in losses.items():
@@ -267,9 +275,15 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read as text: {error}") from error
 
 
+def check_window(window: int, context: int) -> None:
+    """Raises InputError, before anything is measured, for windows that are longer than the model's context."""
+    if window > context:
+        raise InputError(f"--window: must be at most the model's context of {context:,} tokens, got {window:,}")
+
+
 def show(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(values))
+        typer.echo(spell_json(values))
         return
     for name, value in values.items():
         typer.echo(f"{name.replace('_', ' '):18} {value:.5g}" if isinstance(value, float) else f"{name:18} {value}")

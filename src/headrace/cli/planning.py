@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import typer
 
-from headrace.cli.config import resolve
+from headrace.cli.config import name_output, resolve
 from headrace.cli.flags import AsJson, Model, Precision, make_flag
+from headrace.cli.outcome import keeping
 from headrace.core import InputError
 from headrace.options import DEFAULT_MODEL, EngineOptions
 
@@ -48,7 +50,7 @@ def plan(
     from headrace.plan.words import format_comparison, format_forecast
 
     # Nothing is written: the output's name only tells its form.
-    ask = read_ask(input, output or f"{Path(input).stem}.out.jsonl", *settings)
+    ask = read_ask(input, output or name_output(input), *settings)
     if html is not None:
         from headrace.plan.page import draw_forecast
 
@@ -85,7 +87,7 @@ def tune(
 
     from headrace.checkpoint import open_checkpoint
     from headrace.engine.loading import resolve_options
-    from headrace.engine.tuned import save_tuned
+    from headrace.engine.tuned import save_tuned, tuned_path
     from headrace.meter.step_time import spell_command
     from headrace.plan.tuning import describe_changes
     from headrace.plan.tuning import tune as search
@@ -95,13 +97,14 @@ def tune(
     resolved = resolve_options(options, checkpoint)
     with Console(stderr=True).status("tuning") as status:
         found = search(options, checkpoint, status.update)
-    path = save_tuned(checkpoint.hash(), resolved.machine, resolved.precision, found.kept)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found)))
-        return
-    for trial in found.trials:
-        typer.echo(f"{trial.seconds:7.2f} s  {describe_changes(trial.changes)}")
-    typer.echo(f"kept in {path}: {describe_changes(found.kept)}")
+    save = partial(save_tuned, checkpoint.hash(), resolved.machine, resolved.precision, found.kept)
+    with keeping(tuned_path(), save) as kept:
+        if as_json:
+            typer.echo(json.dumps(dataclasses.asdict(found)))
+            return
+        for trial in found.trials:
+            typer.echo(f"{trial.seconds:7.2f} s  {describe_changes(trial.changes)}")
+        typer.echo(f"{kept or 'not kept'}: {describe_changes(found.kept)}")
     if {"block_size", "threads"} & set(found.kept):
         typer.echo(f"what steps take has changed by it: run `{spell_command(options)}` again for forecasts")
 

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from headrace.core import InputError
@@ -94,14 +95,17 @@ def default_metavar(kind: Kind, choices: tuple[str, ...]) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from text such as 4GiB, 1.5GB, 512MB or a plain number. Raises InputError for anything else."""
+    """Bytes from text such as 4GiB, 1.5GB, 512MB or a plain number, rounded down where a unit leaves a fraction.
+
+    Raises InputError for anything else, as for a fraction of a plain byte.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in UNITS:
         raise InputError(f"{text!r} is not a size; give bytes or a unit from kB to TB or KiB to TiB, such as 4GiB")
-    size = float(match[1]) * UNITS[match[2].upper()]
-    if size != int(size):
+    size, unit = Fraction(match[1]), UNITS[match[2].upper()]
+    if unit == 1 and size.denominator != 1:
         raise InputError(f"{text!r} is not a whole number of bytes")
-    return int(size)
+    return int(size * unit)
 
 
 def format_size(size: int) -> str:

@@ -70,6 +70,7 @@ class ResolvedOptions:
     precision_reason: str
     threads: int
     policy: KVPolicy
+    threads_reason: str
     deadline: Deadline | None = None
 
     @property
@@ -85,6 +86,7 @@ class ResolvedOptions:
             "kernels": self.kernels.name,
             "instruction_set": self.kernels.instruction_set,
             "threads": self.threads,
+            "threads_reason": self.threads_reason,
         }
 
 
@@ -95,8 +97,9 @@ def resolve_options(options: EngineOptions, checkpoint: Checkpoint) -> ResolvedO
     kernels = choose_kernels(options.kernels, options.device, options.instruction_set)
     precision, why = choose_precision(options, kernels.instruction_set, checkpoint.hash())
     machine = describe_machine(kernels.instruction_set)
-    options = apply_tuned(options, checkpoint.hash(), machine, precision)
-    resolved = ResolvedOptions(options, kernels, precision, why, options.threads or count_cores(), policy)
+    asked, options = options.threads, apply_tuned(options, checkpoint.hash(), machine, precision)
+    threads, why_threads = options.threads or count_cores(), name_reason(asked, options.threads)
+    resolved = ResolvedOptions(options, kernels, precision, why, threads, policy, why_threads)
     if options.step_seconds is None:
         return resolved
     found = load_step_time(describe_setting(checkpoint.hash(), machine, resolved.settings))
@@ -105,6 +108,11 @@ def resolve_options(options: EngineOptions, checkpoint: Checkpoint) -> ResolvedO
     most = found.most_tokens(options.step_seconds, options.step_tokens)
     deadline = Deadline(options.step_seconds, found)
     return replace(resolved, options=replace(options, step_tokens=most), deadline=deadline)
+
+
+def name_reason(asked: int | None, threads: int | None) -> str:
+    """Why there are so many threads, from those asked for and those of the tuned options."""
+    return "asked for" if asked is not None else "all cores" if threads is None else "tuned"
 
 
 def load_engine(options: EngineOptions) -> LoadedEngine:

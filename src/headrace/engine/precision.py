@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from headrace.meter.losses import load_loss
@@ -20,7 +22,8 @@ def choose_precision(options: EngineOptions, instruction_set: str, model_hash: s
     if options.device != "cpu" or instruction_set not in FAST_INT8:
         return plain, why
     loss = load_loss(model_hash, "int8")
-    if loss is None:
+    # A loss that is no number says as little.
+    if loss is None or not math.isfinite(loss):
         return plain, f"{why}; the loss of int8 on this model is not known (`headrace eval agree` measures it)"
     if loss > MOST_LOSS:
         return plain, f"{why}; int8 was measured to raise perplexity by {loss:.1%}, more than {MOST_LOSS:.1%}"

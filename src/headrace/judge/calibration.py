@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -47,20 +48,22 @@ class Outcome:
 
 
 class Recorder:
-    """Kernels that sum x x^T over the inputs of every product, by its weight. The arithmetic is another's."""
+    """Kernels that sum x x^T over the inputs of every product, by its weight, while `grams` is there to hold the sums.
+    The arithmetic is another's."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
-        self.grams: dict[int, Tensor] = {}
+        self.grams: dict[int, Tensor] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernels, name)
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-        wide = x.float()
-        gram = wide.T @ wide
-        known = self.grams.get(id(weight))
-        self.grams[id(weight)] = gram if known is None else known.add_(gram)
+        if self.grams is not None:
+            wide = x.float()
+            gram = wide.T @ wide
+            known = self.grams.get(id(weight))
+            self.grams[id(weight)] = gram if known is None else known.add_(gram)
         return self.kernels.linear(x, weight, dtype)
 
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
@@ -94,18 +97,26 @@ def calibrate(checkpoint: Checkpoint, kernels: Kernels, windows: Windows, group:
         tell(name)
         model = load_model(checkpoint, kernels, ModelSettings(precision="int4", rounding=way))
         found[name] = measure_perplexity(model, held_back, ignore).perplexity
-    best = min(found, key=lambda name: found[name])
+    best = find_best(found)
     tell(f"keeping {best}")
     keep(checkpoint, kernels, ways[best])
     return Outcome(exact, found, best, sum(len(window) - 1 for window in held_back))
 
 
+def find_best(perplexities: dict[str, float]) -> str:
+    """The method of the lowest perplexity, the first of equal ones; one without a number is best only where all are."""
+    return min(perplexities, key=lambda name: (math.isnan(perplexities[name]), perplexities[name]))
+
+
 def record_inputs(model: Model, recorder: Recorder, windows: Windows) -> dict[str, Tensor]:
     """Sums of x x^T [in, in] over the inputs of every product but the head, by the product's name."""
-    recorder.grams.clear()
+    grams: dict[int, Tensor] = {}
+    recorder.grams = grams
     for window in windows:
         compute_hidden(model, [window])
-    return {each.name: recorder.grams[id(each.weight)] for each in model.products[:-1]}
+    # What the model computes from now on, the text that was held back above all, is none of theirs.
+    recorder.grams = None
+    return {each.name: grams[id(each.weight)] for each in model.products[:-1]}
 
 
 def describe_rounding(method: str, grams: dict[str, Tensor], group: int, text: str) -> Rounding:

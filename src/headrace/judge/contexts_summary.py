@@ -62,16 +62,12 @@ class TurnPoint:
 class Regret:
     """Log-probability that the policy loses to the full cache, in nats a gold token; above 0 is a loss.
 
-    first: mean over the first turns. later: mean over all turns after the first; None where there is none.
+    first: mean over the first turns. later: mean over all turns after the first; None where there is none. Where later
+    is above first, the policy was best for the question it was compressed for.
     """
 
     first: float
     later: float | None
-
-    @property
-    def growth(self) -> float | None:
-        """later less first, in nats a token: above 0, the policy was best for the question it was compressed for."""
-        return None if self.later is None else self.later - self.first
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 from headrace.core import InputError
 
+# multi_turn: each query follows all earlier ones and their gold answers; a policy may compress once the first is known.
+# multi_request: each query follows the context alone, which is compressed before any query is visible.
 Mode = Literal["multi_turn", "multi_request"]
 MODES: tuple[Mode, ...] = ("multi_turn", "multi_request")
 
@@ -39,14 +41,6 @@ class Turn:
     choices: tuple[str, ...] = ()
 
 
-class Piece(NamedTuple):
-    """The text seen before a turn, the turn's query and its gold answer: they join as they are."""
-
-    seen: str
-    query: str
-    answer: str
-
-
 @dataclass(frozen=True, slots=True)
 class Episode:
     """A context and what is asked about it, one turn after the other."""
@@ -54,19 +48,6 @@ class Episode:
     context: str
     turns: tuple[Turn, ...]
     task: str
-
-    def pieces(self, mode: Mode) -> Iterator[Piece]:
-        """What to run, a piece a turn.
-
-        multi_turn: seen is the context and all earlier queries with their gold answers; a policy may compress when the
-        query is known. multi_request: seen is the context alone, the same in every piece; it is compressed before any
-        query is visible, and each query starts from that.
-        """
-        seen = self.context
-        for turn in self.turns:
-            yield Piece(seen, turn.query, turn.answer)
-            if mode == "multi_turn":
-                seen += turn.query + turn.answer
 
 
 def start_random(task: str, seed: int) -> random.Random:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any, Literal, cast
 
 import torch
@@ -149,7 +149,9 @@ class KVJudge:
             deltas.append(float((first - second).gather(1, targets).double().mean()))
             divergences.append(float((first.exp() * (first - second)).sum(-1).double().mean()))
             agreements.append(float((first.argmax(-1) == second.argmax(-1)).double().mean()))
-        return Degradation(fmean(deltas), stdev(deltas) / len(deltas) ** 0.5, fmean(divergences), fmean(agreements))
+        # Not `stdev`, which fails on what is no number: a damaged model is to be shown as one.
+        error = float(torch.tensor(deltas, dtype=torch.float64).std()) / len(deltas) ** 0.5
+        return Degradation(fmean(deltas), error, fmean(divergences), fmean(agreements))
 
     def find_perplexity(self) -> float:
         """The plain cache's perplexity of the tokens that are compared."""

@@ -51,18 +51,23 @@ def find_begin(tokenizer: Tokenizer) -> list[int]:
 
 
 def cut_text(text: str, tokenizer: Tokenizer, window: int, most: int) -> list[list[int]]:
-    """Whole windows of the first `most` tokens of a text. Raises InputError for a text without one."""
+    """Whole windows of the first `most` tokens of a text. Raises InputError for tokens that fill none."""
     return cut_windows(tokenizer.encode(text, special=False), window, most, find_begin(tokenizer))
 
 
 def cut_windows(tokens: list[int], window: int, most: int, begin: Sequence[int] = ()) -> list[list[int]]:
     """Whole windows of the first `most` tokens, each with `begin` before its own: a model that knows texts with a begin
-    token alone says little of one without. Raises InputError for a text without one."""
+    token alone says little of one without. Raises InputError for tokens that fill none."""
     own = window - len(begin)
     if own < 2:
         raise InputError(f"a window of {window} tokens predicts nothing: use {2 + len(begin)} or more")
     starts = range(0, min(len(tokens), most) - own + 1, own)
     windows = [[*begin, *tokens[start : start + own]] for start in starts]
+    if not windows and most < len(tokens):
+        raise InputError(
+            f"--tokens: the first {most} of the text's {len(tokens)} tokens are fewer than a window of {window}: raise "
+            "--tokens or lower --window"
+        )
     if not windows:
         raise InputError(f"the text has {len(tokens)} tokens, fewer than a window of {window}")
     return windows

@@ -13,8 +13,8 @@ class EnergyCounter:
     """Joules of all packages since it was made, the whole machine's and not this process's alone."""
 
     def __init__(self, root: Path = ROOT) -> None:
-        self._zones = [zone for zone in sorted(root.glob("*-rapl:*")) if zone.name.count(":") == 1]
-        self._last = {zone: read_number(zone / "energy_uj") for zone in self._zones}
+        zones = [zone for zone in sorted(root.glob("*-rapl:*")) if zone.name.count(":") == 1 and is_package(zone)]
+        self._last = {zone: read_number(zone / "energy_uj") for zone in zones}
         self._total = 0.0
         self._read_at = 0.0
 
@@ -34,6 +34,14 @@ class EnergyCounter:
             self._total += (now - before + wrapped) / 1e6
             self._last[zone] = now
         return self._total if self._last else None
+
+
+def is_package(zone: Path) -> bool:
+    """Whether a zone counts a package alone: `psys` counts the packages once more. A zone without a name is one."""
+    try:
+        return (zone / "name").read_text().startswith("package")
+    except OSError:
+        return True
 
 
 def read_number(path: Path) -> int | None:

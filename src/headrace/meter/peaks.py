@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.core import HeadraceError
+from headrace.meter.cgroups import OWN, ControlGroups
 from headrace.meter.kept import kept_path, read_kept, write_kept
 
 SAMPLES = 9
@@ -46,9 +47,10 @@ class Peaks:
     memory: Mapping[str, float]
 
 
-def count_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_cores(groups: ControlGroups = OWN) -> int:
+    """Processor cores that this process may use: those that it may run on, or fewer if its groups allow less time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, groups.count_cores() or cores)
 
 
 def describe_machine(instruction_set: str) -> str:

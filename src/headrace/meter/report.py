@@ -94,13 +94,21 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     part.replace(path)
 
 
-def read_report(path: Path) -> dict[str, Any]:
+class WrittenReport(dict[str, Any]):
+    """A report, or a part of one, as another version of Headrace may have written it: raises InputError for a field
+    that is asked for and not there."""
+
+    def __missing__(self, field: str) -> Any:
+        raise InputError(f"the report was written by another version of headrace: its field {field!r} is missing")
+
+
+def read_report(path: Path) -> WrittenReport:
     """A report that a run wrote. Raises InputError for anything else."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"), object_hook=WrittenReport)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a report: {error}") from error
-    if not isinstance(report, dict) or not {"wall_s", "job"} <= set(report):
+    if not isinstance(report, WrittenReport) or not {"wall_s", "job"} <= set(report):
         raise InputError(f"{path} is not a report of `headrace run`: name its OUTPUT.report.json")
     return report
 

@@ -9,6 +9,8 @@ from headrace.meter.meter import KERNEL_PARTS
 
 # Fewer sequences a step than this read every weight for too little arithmetic.
 FEW_SEQUENCES = 8
+# Another number format is advised only where its products are clearly faster.
+LEAST_GAIN = 1.1
 
 
 def explain(report: Mapping[str, Any], cores: int) -> str:
@@ -35,7 +37,9 @@ def name_help(report: Mapping[str, Any], cores: int) -> str:
     total = sum(parts.values()) or 1.0
     if report["preemptions"] or report["kv_peak_bytes"] > 0.95 * report["kv_budget_bytes"] > 0:
         return "more KV memory would help most (--kv-cache-bytes)"
-    if settings.get("threads") is not None and settings["threads"] < cores:
+    # Where `headrace tune` left cores idle, more threads were slower.
+    tuned = settings.get("threads_reason") == "tuned"
+    if settings.get("threads") is not None and settings["threads"] < cores and not tuned:
         return f"more threads would help most: {settings['threads']} of {cores} cores worked (--threads)"
     if sum(parts[name] for name in KERNEL_PARTS) < 0.6 * total:
         return "the model waited for what is around it: larger batches of simpler rows would help most"
@@ -44,7 +48,8 @@ def name_help(report: Mapping[str, Any], cores: int) -> str:
     if settings.get("precision") in ("fp32", "bf16") and report["peaks"] is not None:
         peaks = report["peaks"]["operations_per_s"]
         gain = peaks["int8"] / peaks[settings["precision"]]
-        return f"--precision int8 would help most: its products run up to {gain:.1f} times as fast here"
+        if gain > LEAST_GAIN:
+            return f"--precision int8 would help most: its products run up to {gain:.1f} times as fast here"
     if report["recomputed_tokens"] > 0.02 * report["computed_prompt_tokens"]:
         return "another order would help most: prompts were computed again"
     return "no setting is left that would help much"

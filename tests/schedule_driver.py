@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.cache.layout import CacheLayout
-from headrace.core import Request, SamplingParams, Sequence, StepPlan
+from headrace.core import Constraint, Request, SamplingParams, Sequence, StepPlan
 from headrace.options import EngineOptions
 from headrace.schedule.apply import abort, advance, apply, arrange, expire, finish
 from headrace.schedule.base import Schedule
@@ -71,10 +71,11 @@ class Driver:
         score: bool = False,
         max_tokens: int | None = None,
         exact: bool = False,
+        constraint: Constraint | None = None,
         **more: Any,
     ) -> list[Sequence]:
         """Queue the n choices of a request that will generate `length` tokens; `more` are further fields of it."""
-        params = SamplingParams(n=n, max_tokens=max_tokens or length, ignore_eos=exact)
+        params = SamplingParams(n=n, max_tokens=max_tokens or length, ignore_eos=exact, constraint=constraint)
         request = Request(str(self.numbers), tuple(prompt), params, score, **more)
         added = [Sequence(request, index, self.numbers + index, list(prompt)) for index in range(n)]
         for sequence in added:

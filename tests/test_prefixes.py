@@ -7,7 +7,7 @@ import random
 import pytest
 from schedule_driver import Driver, make_state
 
-from headrace.core import Sequence
+from headrace.core import Constraint, Sequence
 from headrace.plan.reuse import count_distinct, count_least_recently_used
 from headrace.schedule.base import Schedule
 from headrace.schedule.choice import SCHEDULES
@@ -137,6 +137,22 @@ def test_a_plan_computes_each_shared_block_once_in_little_memory() -> None:
     computed = {name: count_computed(SCHEDULES[name](), rows, 40) for name in SCHEDULES}
     assert computed["planned"] == 12 * 24 + 120 * 4
     assert min(computed[name] for name in SCHEDULES if name != "planned") > 1.5 * computed["planned"]
+
+
+def test_the_last_rows_go_by_the_lengths_that_have_been_seen() -> None:
+    """All that is known at first is `max_tokens`, alike for both kinds; the last eight to be admitted know better."""
+    driver = Driver(make_state([None], 500, 4, max_sequences=8), schedule=Planned())
+    kinds = [(Constraint("regex", "short"), 2), (Constraint("regex", "long"), 30)]
+    for row in range(120):
+        constraint, length = kinds[row % 2]
+        driver.add([row] * 5, length, max_tokens=64, constraint=constraint)
+    admitted: list[int] = []
+    while driver.state.waiting:
+        plan = driver.plan()
+        admitted += [each.sequence for each in plan.admit]
+        driver.execute(plan)
+    assert admitted[:64] == list(range(64))
+    assert [driver.lengths[number] for number in admitted[-8:]] == [30] * 4 + [2] * 4
 
 
 def test_nothing_is_overtaken_for_ever() -> None:

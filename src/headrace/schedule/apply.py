@@ -12,13 +12,23 @@ from headrace.schedule.state import SchedulerState
 
 
 def arrange(schedule: Schedule, state: SchedulerState) -> None:
-    """Put those who wait in the schedule's order if any has arrived since the last time.
+    """Put those who wait in the schedule's order if any has arrived since the last time, or if they are the last.
 
-    Preempted ones stay first. All background goes after all foreground, and each is left as it is if none of its kind
-    has arrived: a request does not cost a look at a large batch behind it.
+    The last `max_sequences` are ordered anew whenever half of them have gone: more is known of lengths by then, and a
+    long row that started at the very end would run alone.
     """
-    if not state.arrived:
+    if state.arrived:
+        arrange_arrived(schedule, state)
+    elif state.waiting and 2 * len(state.waiting) <= min(state.asked, 2 * state.limits.max_sequences):
+        arrange_last(schedule, state)
+    else:
         return
+    state.asked = len(state.waiting)
+
+
+def arrange_arrived(schedule: Schedule, state: SchedulerState) -> None:
+    """Preempted ones stay first. All background goes after all foreground, and each is left as it is if none of its
+    kind has arrived: a request does not cost a look at a large batch behind it."""
     arrived: list[Sequence] = []
     while state.waiting and state.waiting[-1].number > state.arranged:
         arrived.append(state.waiting.pop())
@@ -32,8 +42,15 @@ def arrange(schedule: Schedule, state: SchedulerState) -> None:
     if foreground:
         ahead = [state.waiting.popleft() for _ in range(before)]
         state.waiting.extendleft(reversed(order_waiting(schedule, ahead + foreground, state)))
-    state.arrived = False
     state.arranged = max([state.arranged, *(each.number for each in arrived)])
+
+
+def arrange_last(schedule: Schedule, state: SchedulerState) -> None:
+    """All who wait in the schedule's order, as it is now."""
+    waiting, before = list(state.waiting), count_foreground(state)
+    state.waiting.clear()
+    for part in (waiting[:before], waiting[before:]):
+        state.waiting.extend(order_waiting(schedule, part, state))
 
 
 def order_waiting(schedule: Schedule, waiting: list[Sequence], state: SchedulerState) -> list[Sequence]:

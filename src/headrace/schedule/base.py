@@ -19,7 +19,8 @@ class Schedule(Protocol):
     window: int | None
 
     def arrange(self, waiting: Rows[Sequence], state: SchedulerState) -> list[Sequence]:
-        """The same sequences in the order in which they are to be admitted. Called when new ones have arrived.
+        """The same sequences in the order in which they are to be admitted. Called when new ones have arrived,
+        and when none is new but few are left, whose lengths are known better by then.
 
         Pure: changes nothing, and answers the same again. `waiting` holds those that never ran, the ones that waited
         before in the order that the last call gave them, then the new ones as they came; preempted ones go before

@@ -13,7 +13,8 @@ from headrace.schedule.state import SchedulerState
 class Planned:
     """The order of `schedule.prefixes` over a window of the pile: all of it, if `window_bytes` hold it.
 
-    What is left of the window before goes first, so nothing is overtaken by more than its own window.
+    What is left of the window before goes first, so nothing is overtaken by more than its own window. Where nothing is
+    new, all is ordered by what is known of lengths by now; equals keep their order.
     """
 
     # All that `window_bytes` hold.
@@ -23,6 +24,8 @@ class Planned:
         """See `Schedule.arrange`."""
         left = [each for each in waiting if each.number <= state.arranged]
         new = [each for each in waiting if each.number > state.arranged]
+        if not new:
+            left, new = new, left
         decode = [state.lengths.expected(each.request) for each in new]
         owners = [each.request.owner for each in new]
         tree = grow_tree([pack(each.tokens) for each in new], decode, state.ledger.layout.block_size, owners)

@@ -48,11 +48,11 @@ class SchedulerState:
     """Owned by the engine; changed only by `add` and the functions of `schedule.apply`.
 
     `waiting` is in the order in which the schedule wants them admitted, preempted sequences before all others, but all
-    background after all foreground; those that came since it was asked stand at the end, and `arrived` says that there
-    are some; `arranged` is the highest number that it has seen. `running` is in the order of admission. `background`
-    counts the sequences of background requests, `background_computed` the tokens that any were given so far. `programs`
-    has the number of each program's first sequence, for the 4096 that had a turn last. `window_bytes` bounds what waits
-    to be planned together.
+    background after all foreground; those that came since it was asked stand at the end. `arranged` is the highest
+    number that it has seen, `asked` how many waited when it was asked last. `running` is in the order of admission.
+    `background` counts the sequences of background requests, `background_computed` the tokens that any were given so
+    far. `programs` has the number of each program's first sequence, for the 4096 that had a turn last. `window_bytes`
+    bounds what waits to be planned together.
     """
 
     ledger: KVLedger
@@ -61,8 +61,8 @@ class SchedulerState:
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     sequences: dict[int, Sequence] = field(default_factory=dict)
-    arrived: bool = False
     arranged: int = -1
+    asked: int = 0
     background: int = 0
     background_computed: int = 0
     programs: OrderedDict[Program, int] = field(default_factory=OrderedDict)
@@ -82,6 +82,11 @@ class SchedulerState:
         limits = Limits(options.step_tokens, options.max_sequences)
         return cls(ledger, limits, lengths, window_bytes=options.window_bytes)
 
+    @property
+    def arrived(self) -> bool:
+        """Whether someone waits whom the schedule has not seen."""
+        return bool(self.waiting) and self.waiting[-1].number > self.arranged
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that fits the pool alone (`layout.blocks_for`): the caller refuses any other. Numbers rise.
 
@@ -91,7 +96,6 @@ class SchedulerState:
             raise ValueError(f"sequence number {sequence.number} is taken")
         self.sequences[sequence.number] = sequence
         self.waiting.append(sequence)
-        self.arrived = True
         self.background += sequence.request.background
         if sequence.request.program:
             program = program_of(sequence.request)

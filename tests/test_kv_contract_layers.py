@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ragged import RaggedDriver
-from test_kv_contract import LOSSLESS, LOSSY
+from test_kv_contract import AGAIN, LOSSLESS, LOSSY
 from test_models import GEMMA, make_pair, make_text
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def test_sliding_windows_and_heads_of_256_are_served(kv: str, model: Model) -> N
     assert torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("kv", LOSSY.values(), ids=LOSSY)
+@pytest.mark.parametrize("kv", [*LOSSY.values(), *AGAIN.values()], ids=[*LOSSY, *AGAIN])
 def test_with_windows_a_text_is_read_alike_alone_and_in_any_batch_and_chunk(kv: str, model: Model) -> None:
     expected = read(model, kv, [PROMPT], company=False)
     assert torch.equal(read(model, kv, [70, 1, 58, 21], company=True), expected)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import asdict, replace
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -417,3 +419,34 @@ def test_the_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["output_tokens"] == 21
     with pytest.raises(InputError, match="name one instead of -"):
         plan_job(ask_of(tiny_model, Path("-")), None, False, lambda text: None)
+
+
+def test_the_command_tells_energy_and_cost_and_draws_the_time(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("headrace.plan.site.load_step_time", lambda setting: replace(TIMES, watts=250.0))
+    source, page = write_lines(tmp_path / "<in>.jsonl", batch_rows(20)), tmp_path / "forecast.html"
+    flags = ["--model", str(tiny_model), "--precision", "fp32", "--kv-cache-bytes", "4MiB", "--max-tokens", "5"]
+    command = ["plan", str(source), *flags, "--price-per-hour", "36"]
+    assert main([*command, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["seconds"] == pytest.approx(sum(seconds for _, seconds, *_ in said["timeline"])) and said["seconds"] > 0
+    assert said["cost"] == pytest.approx(36 * said["seconds"] / 3600)
+    assert said["energy_j"] == pytest.approx(250 * said["seconds"])
+    assert main([*command, "--html", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert f"\ncost       {said['cost']:.4f}\nenergy     {said['energy_j']:,.0f} J\n" in printed
+    html = page.read_text()
+    assert html.count("<svg") == 1 and "Tokens a second and sequences in a step, as foreseen" in html
+    assert escape(printed.strip()) in html and "&lt;in&gt;.jsonl" in html and "<in>" not in html
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html), "the page must open without a network"
+
+
+def test_the_command_draws_nothing_where_no_time_is_known(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, page = write_lines(tmp_path / "in.jsonl", batch_rows(3)), tmp_path / "forecast.html"
+    command = ["plan", str(source), "--model", str(tiny_model), "--precision", "fp32", "--price-per-hour", "36"]
+    assert main([*command, "--html", str(page)]) == 2 and not page.exists()
+    said = capsys.readouterr()
+    assert "there is no time to draw" in said.err and "\ncost " not in said.out and "\nenergy " not in said.out

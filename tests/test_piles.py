@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,17 +20,29 @@ from headrace.schedule.choice import SCHEDULES
 from headrace.schedule.prefixes import grow_tree, pack
 
 BLOCK = 32
+# The real model's blocks in a GiB of KV memory: those in all, and those that may be held by nobody.
+BLOCKS, RETAINED = 1456, 364
+KINDS = ("prefix", "few-shot", "documents", "tree")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def load_benchmark(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
 def make_rows() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        return importlib.import_module("workloads").make_rows
+    return load_benchmark("workloads").make_rows
 
 
-@pytest.mark.parametrize("kind", ["prefix", "few-shot", "documents", "tree"])
+@pytest.fixture(scope="module")
+def sharing() -> ModuleType:
+    return load_benchmark("sharing")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_computed_is_what_must_be_in_whole_blocks(kind: str, make_rows: Any) -> None:
     rows = make_rows(kind)
     must = grow_tree([pack(prompt) for prompt, _ in rows], [1.0] * len(rows), BLOCK).prefill
@@ -38,15 +51,27 @@ def test_what_is_computed_is_what_must_be_in_whole_blocks(kind: str, make_rows: 
         Task(Request(str(place), prompt, SamplingParams(max_tokens=output, ignore_eos=True)), output)
         for place, (prompt, output) in enumerate(rows)
     ]
-    # As the real model in a GiB of KV memory: blocks in all, and such as may be held by nobody.
-    retained, blocks = 364 * layout.block_bytes, 1456
+    retained = RETAINED * layout.block_bytes
     computed = {}
     for schedule in ("planned", "random"):
         options = EngineOptions(schedule=schedule, block_size=BLOCK, prefix_retain_bytes=retained)
-        found = Simulator(options, Memory(layout, blocks, 8192), None).run(tasks)
+        found = Simulator(options, Memory(layout, BLOCKS, 8192), None).run(tasks)
         assert found.tasks == len(rows)
         computed[schedule] = found.computed_prompt_tokens
     assert computed["planned"] == must <= computed["random"]
+
+
+@pytest.mark.parametrize(("variant", "most"), [("planned", [1.22, 1.01, 1.45, 1.51]), ("one at a time", [1.0] * 4)])
+def test_memory_over_one_prefix_and_what_runs(variant: str, most: list[float], make_rows: Any, sharing: Any) -> None:
+    """At the peak, as benchmarks/results/sharing.md has it: what more is held are prefixes of other open groups."""
+    layout = make_state([None], 1, BLOCK).ledger.layout
+    options = EngineOptions(block_size=BLOCK, prefix_retain_bytes=RETAINED * layout.block_bytes)
+    for kind, bound in zip(KINDS, most, strict=True):
+        rows = make_rows(kind)
+        use, found = sharing.simulate(rows, options, Memory(layout, BLOCKS, 8192), None, variant)
+        assert use.at_peak <= bound and use.peak == found.peak_blocks, kind
+        assert found.tasks == len(rows), kind
+        assert (use.groups == 1) == (bound < 1.1), kind
 
 
 def test_answers_are_the_same_in_every_schedule(tiny_model: Path, make_rows: Any) -> None:

@@ -84,7 +84,7 @@ class Simulated:
 class Simulator:
     """Runs tasks through the scheduler. `step_time` None: every step takes no time, and what is counted is still right.
 
-    `watch` hears of every plan.
+    `watch` hears of every plan, when the state is as the plan says and its tokens are not computed yet.
     """
 
     def __init__(
@@ -149,9 +149,9 @@ class Simulator:
         state, found = self.state, self.found
         arrange(self.schedule, state)
         plan = plan_step(state, state.limits)
+        apply(plan, state)
         if self.watch is not None:
             self.watch(plan)
-        apply(plan, state)
         scheduled = deque((chunk, state.find(chunk.sequence)) for chunk in plan.chunks)
         pieces = describe_pieces(scheduled, state.ledger.layout, state.ledger.pool.references)
         seconds = 0.0 if self.step_time is None else self.step_time.predict(pieces)

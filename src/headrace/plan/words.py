@@ -11,7 +11,7 @@ from headrace.meter.report import format_bytes, format_seconds
 def headline(values: Mapping[str, Any]) -> str:
     """One sentence: how long, and how sure that is."""
     if values["seconds"] is None:
-        return f"No forecast of the time: `{values['measure']}` measures this machine in one to three minutes."
+        return f"No forecast of the time: `{values['measure']}` measures this machine in about a minute."
     most = "" if values["outputs_known"] else " at most, were every output as long as assumed"
     return f"{format_time(values)}{most}."
 
@@ -37,7 +37,7 @@ def format_forecast(values: Mapping[str, Any]) -> str:
         ("output", f"{values['output_tokens']:,} tokens{known}"),
         ("KV memory", f"{format_bytes(values['kv_peak_bytes'])} at most, of {format_bytes(values['kv_budget_bytes'])}"),
         ("steps", f"{values['steps']:,} with {values['preemptions']:,} preemptions, {count_windows(values)}"),
-        ("time", f"not known: `{values['measure']}` measures this machine in one to three minutes"),
+        ("time", f"not known: `{values['measure']}` measures this machine in about a minute"),
         ("settings", ", ".join(f"{name} {settings[name]}" for name in settings)),
     ]
     if values["seconds"] is not None:
@@ -81,7 +81,7 @@ def count_windows(values: Mapping[str, Any]) -> str:
 def describe_forecast(found: Mapping[str, Any]) -> str:
     """One line before a run."""
     if found["seconds"] is None:
-        return f"no forecast: `{found['measure']}` measures what steps take here, once and in one to three minutes"
+        return f"no forecast: `{found['measure']}` measures what steps take here, once and in about a minute"
     most = "" if found["outputs_known"] else "at most "
     tokens = f"{found['prompt_tokens']:,.0f} prompt tokens, {found['planned_tokens']:,.0f} of them to compute"
     return f"forecast: {most}{format_time(found)}; {tokens}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels import _cpu
+from headrace.core import InputError
+from headrace.kernels import _cpu, choose_kernels
 from headrace.kernels.base import AttentionSpec, HeadSpec, LayerCache, RaggedBatch
 from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.matrix import Activation, Matrix
@@ -29,10 +31,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(params=_cpu.instruction_sets(), autouse=True)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _cpu.instruction_set()
-    _cpu.use_instruction_set(request.param)
+    before = FAST.table
+    FAST.table = _cpu.find_table(request.param)
     yield request.param
-    _cpu.use_instruction_set(before)
+    FAST.table = before
 
 
 def assert_close(found: Tensor, expected: Tensor, precision: torch.dtype | None = None) -> None:
@@ -42,7 +44,28 @@ def assert_close(found: Tensor, expected: Tensor, precision: torch.dtype | None 
 
 def test_an_instruction_set_that_is_not_here_is_refused() -> None:
     with pytest.raises(ValueError, match="no sse9"):
-        _cpu.use_instruction_set("sse9")
+        CpuKernels("sse9")
+
+
+def test_kernels_made_later_leave_an_instruction_set_as_it_is(instruction_set: str) -> None:
+    kernels, x = CpuKernels(instruction_set), torch.randn(9, 200).bfloat16()
+    weight = kernels.pack(BY_NAME["bf16"].store(torch.randn(70, 200)))
+    expected = kernels.linear(x, weight)
+    for other in ("auto", *_cpu.instruction_sets()):
+        CpuKernels(other).linear(x, weight)
+        assert kernels.instruction_set == instruction_set
+        assert torch.equal(kernels.linear(x, weight), expected)
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_an_instruction_set_that_plain_torch_would_ignore_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose_kernels("reference", "cpu").instruction_set == "torch"
+    if name == "auto":
+        monkeypatch.setitem(sys.modules, "headrace.kernels.cpu", None)
+    with pytest.raises(InputError, match=r"instruction_set avx2 cannot be used: .*; leave it at auto$"):
+        choose_kernels(name, "cpu", "avx2")
 
 
 def avoid_ties(x: Tensor, group: int) -> Tensor:

@@ -49,7 +49,6 @@ def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     # Tests may have chosen another instruction set for the process.
-    CpuKernels()
 
 
 @pytest.fixture(scope="module")

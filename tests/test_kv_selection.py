@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,8 @@ def _seed() -> None:
 
 
 @pytest.fixture(params=["reference", *_cpu.instruction_sets()])
-def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    yield ReferenceKernels() if request.param == "reference" else CpuKernels(request.param)
-    CpuKernels()
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return ReferenceKernels() if request.param == "reference" else CpuKernels(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,6 @@ def test_mass_is_that_of_plain_torch(
             elif not share and first >= context - chunk:
                 counted = context - first
                 assert float(mine.sum()) == pytest.approx(counted * heads, rel=1e-3)
-    CpuKernels()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,6 +143,5 @@ def test_moved_tokens_are_those_of_plain_torch(head: int, dtype: torch.dtype, in
     ReferenceKernels().move_tokens(plain, blocks, slots, 125)
     # A cache's keys and values lie together: the kernel is told of one stride for both.
     CpuKernels(instruction_set).move_tokens(fast, blocks, slots, 125)
-    CpuKernels()
     assert not torch.equal(plain.keys, cache.keys)
     assert torch.equal(plain.keys, fast.keys) and torch.equal(plain.values, fast.values)

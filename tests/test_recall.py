@@ -22,10 +22,10 @@ MARKED = (0, 7, 149)
 @pytest.fixture(params=_cpu.instruction_sets(), autouse=True)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.manual_seed(0)
-    before = _cpu.instruction_set()
+    before = _cpu.threads()
     CpuKernels(request.param).set_threads(2)
     yield request.param
-    _cpu.use_instruction_set(before)
+    CpuKernels().set_threads(before)
 
 
 class Layer:
@@ -78,7 +78,9 @@ def drift(steps: int, head: int, heads: int = 9) -> Iterator[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(("size", "head", "rank"), [(32, 64, 96), (16, 16, 5), (48, 80, 33), (32, 8, 24)])
-def test_it_writes_what_plain_torch_does(size: int, head: int, rank: int, slow: bool, dtype: torch.dtype) -> None:
+def test_it_writes_what_plain_torch_does(
+    size: int, head: int, rank: int, slow: bool, dtype: torch.dtype, instruction_set: str
+) -> None:
     """Again and again: what is there from before is moved, and the rest of the arena stays as it is."""
     layer = Layer(size, head, dtype, rank, slow=slow)
     untouched = torch.ones(len(layer.arena), dtype=torch.bool)
@@ -86,7 +88,7 @@ def test_it_writes_what_plain_torch_does(size: int, head: int, rank: int, slow: 
     before, kept = layer.arena.clone(), 0
     for step, queries in enumerate(drift(8, head)):
         old = layer.read_places()
-        fast = layer.recall(CpuKernels(_cpu.instruction_set()), queries)
+        fast = layer.recall(CpuKernels(instruction_set), queries)
         places, found = layer.read_places(), read_blocks(layer.cache, layer.into.long())
         layer.restore(before)
         plain = layer.recall(ReferenceKernels(), queries)
@@ -102,9 +104,9 @@ def test_it_writes_what_plain_torch_does(size: int, head: int, rank: int, slow: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_result_depends_on_the_query_alone(dtype: torch.dtype) -> None:
+def test_the_result_depends_on_the_query_alone(dtype: torch.dtype, instruction_set: str) -> None:
     """Not on what was chosen before, nor on the number of threads."""
-    layer, kernels = Layer(32, 64, dtype, 96), CpuKernels(_cpu.instruction_set())
+    layer, kernels = Layer(32, 64, dtype, 96), CpuKernels(instruction_set)
     fresh = layer.arena.clone()
     for history in range(4):
         *others, queries = drift(1 + 2 * history, 64)
@@ -117,7 +119,7 @@ def test_the_result_depends_on_the_query_alone(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_of_equal_chunks_it_takes_the_first(dtype: torch.dtype) -> None:
+def test_of_equal_chunks_it_takes_the_first(dtype: torch.dtype, instruction_set: str) -> None:
     layer = Layer(32, 64, dtype, 96)
     landmarks = layer.shadow.read_landmarks().clone()
     landmarks[:, 10:140] = landmarks[:, 10:11]
@@ -125,15 +127,15 @@ def test_of_equal_chunks_it_takes_the_first(dtype: torch.dtype) -> None:
     layer.shadow.rows.put(torch.arange(first, first + CHUNKS * HEADS), landmarks.transpose(0, 1).flatten(0, 1))
     queries = landmarks[:, 10].repeat_interleave(3, 0)
     assert choose_chunks(queries, landmarks, 32, SCALE).tolist() == [list(range(10, 42))] * HEADS
-    layer.recall(CpuKernels(_cpu.instruction_set()), queries[None])
+    layer.recall(CpuKernels(instruction_set), queries[None])
     assert layer.read_places().tolist() == [list(range(10, 42))] * HEADS
 
 
-def test_numbers_that_are_none_do_no_harm() -> None:
+def test_numbers_that_are_none_do_no_harm(instruction_set: str) -> None:
     """Some chunks are chosen, each once, of those that there are."""
     layer = Layer(32, 64, torch.float32, 96)
     for wrong in (torch.nan, torch.inf, 1e30):
-        layer.recall(CpuKernels(_cpu.instruction_set()), torch.full((1, 9, 64), wrong))
+        layer.recall(CpuKernels(instruction_set), torch.full((1, 9, 64), wrong))
         for places in layer.read_places().tolist():
             assert places == sorted(set(places)) and places[0] >= 0 and places[-1] < CHUNKS
 

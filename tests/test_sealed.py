@@ -88,7 +88,6 @@ def test_sealing_gives_the_bytes_of_plain_torch(form: SealedForm, dtype: torch.d
             kernels.seal(each, exact, sealed)
         assert torch.equal(mine.sealed[sealed.long()], cache.sealed[sealed.long()])  # type: ignore[index]
         assert bool((mine.sealed[3] == 7).all())  # type: ignore[index]
-    CpuKernels()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -146,7 +145,6 @@ def test_attention_over_sealed_blocks(form: SealedForm, dtype: torch.dtype, inst
         assert torch.equal(
             fast.attention(queries, cache, everything, spec), fast.attention(queries, plain, batch, spec)
         )
-    CpuKernels()
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -194,7 +192,6 @@ def attend_beside_plain(keys: Tensor, values: Tensor, instruction_set: str) -> t
     query[0, 0, 0] = 8
     spec = AttentionSpec(0.125)
     found = [each.attention(query, cache, batch, spec).float() for each in (CpuKernels(instruction_set), PLAIN)]
-    CpuKernels()
     return found[0], found[1]
 
 
@@ -205,7 +202,6 @@ def test_rows_for_codes_of_8_bits_are_rounded_to_16(head: int, instruction_set: 
     cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, head, 32, torch.bfloat16, SealedForm(8, 8))
     queries, spec = torch.randn(len(batch.positions), 9, head).bfloat16(), AttentionSpec(head**-0.5)
     mine = CpuKernels(instruction_set).attention(queries, cache, batch, spec).float()
-    CpuKernels()
     # Rounded to 8 bits they differ by ten times as much. What is left is mostly that outputs are rounded to bfloat16.
     assert float((mine - PLAIN.attention(queries, cache, batch, spec).float()).abs().mean()) < 5e-4
 
@@ -221,7 +217,6 @@ def test_products_of_the_largest_head_fit_32_bits(instruction_set: str) -> None:
     PLAIN.seal(cache, batch.block_tables[0][0], batch.block_tables[1][0])
     query, spec = torch.ones(1, 1, LARGEST_HEAD).bfloat16(), AttentionSpec(LARGEST_HEAD**-0.5)
     mine = CpuKernels(instruction_set).attention(query, cache, batch, spec)
-    CpuKernels()
     assert_close(mine, PLAIN.attention(query, cache, batch, spec))
 
 
@@ -249,7 +244,6 @@ def test_a_query_has_the_same_bits_in_any_chunk_and_beside_others(
         )
         alone = fast.attention(queries[start : start + length], cache, part, AttentionSpec(0.125))
         assert torch.equal(alone, whole[start : start + length])
-    CpuKernels()
 
 
 @pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
@@ -281,7 +275,6 @@ def test_a_shared_prefix_of_sealed_blocks_changes_no_bit(
             NONE,
         )
         assert torch.equal(fast.attention(queries[row : row + 1], cache, alone, AttentionSpec(0.125))[0], together[row])
-    CpuKernels()
 
 
 def test_blocks_are_read_as_they_were_written() -> None:

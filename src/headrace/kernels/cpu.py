@@ -1,5 +1,4 @@
-"""The kernels in C++, in float32, bfloat16 and integers of 8 or 4 bits, on any processor; the fastest instruction set
-is chosen when this is loaded.
+"""The kernels in C++, in float32, bfloat16 and integers of 8 or 4 bits, on any processor.
 
 This module checks shapes and hands addresses over; csrc/ holds the arithmetic and its pool of threads.
 """
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import headrace.kernels._cpu as _cpu
+from headrace.core import InputError
 from headrace.kernels.base import AttentionSpec, HeadSpec, LayerCache, RaggedBatch
 from headrace.kernels.matrix import Matrix, PackedWeight
 from headrace.kernels.panels import TYPES, PanelWeight, address, pack_panels
@@ -30,23 +30,23 @@ class CpuKernels:
     name = "cpu"
 
     def __init__(self, instruction_set: str = "auto") -> None:
-        """Use this instruction set, in the whole process. Raises ValueError for one that the processor lacks."""
-        _cpu.use_instruction_set(_cpu.instruction_sets()[0] if instruction_set == "auto" else instruction_set)
+        """Use this instruction set, auto for the fastest one. Raises ValueError for one that the processor lacks."""
+        # Other kernels of this process may have another one.
+        self.table = _cpu.find_table(_cpu.instruction_sets()[0] if instruction_set == "auto" else instruction_set)
+        self.instruction_set = self.table.instruction_set
         # Activations come and go a thousand times a second: giving their pages back would mean clearing them each time.
         _cpu.keep_freed_memory()
-
-    @property
-    def instruction_set(self) -> str:
-        """portable, avx2, avx512 or avx512_bf16."""
-        return _cpu.instruction_set()
 
     def set_threads(self, threads: int) -> None:
         # torch does little beside these kernels, and its own threads would spin on the cores that the pool works on.
         torch.set_num_threads(1)
-        _cpu.set_threads(threads)
+        try:
+            _cpu.set_threads(threads)
+        except RuntimeError as error:
+            raise InputError(f"threads {threads}: {error}; set fewer") from error
 
     def pack(self, matrix: Matrix) -> PackedWeight:
-        return pack_panels(matrix)
+        return pack_panels(matrix, self.table)
 
     def expect(self, weights: Sequence[PackedWeight]) -> None:
         for weight, following in zip(weights, [*weights[1:], weights[0]], strict=True):
@@ -68,7 +68,7 @@ class CpuKernels:
             x = functional.pad(x, (0, 1))
         x = x.contiguous()
         y = torch.empty(x.shape[0], weight.out_features, dtype=dtype or x.dtype)
-        _cpu.linear(TYPES[x.dtype], x.data_ptr(), x.shape[0], weight.description, TYPES[y.dtype], y.data_ptr())
+        self.table.linear(TYPES[x.dtype], x.data_ptr(), x.shape[0], weight.description, TYPES[y.dtype], y.data_ptr())
         return y
 
     def find_largest(self, x: Tensor, weight: PackedWeight) -> Tensor:
@@ -77,7 +77,7 @@ class CpuKernels:
         if weight.dtype == torch.bfloat16 and weight.in_features % 2:
             x = functional.pad(x, (0, 1))
         x, y = x.contiguous(), torch.empty(x.shape[0], dtype=torch.int64)
-        _cpu.find_largest(TYPES[x.dtype], x.data_ptr(), x.shape[0], weight.description, y.data_ptr())
+        self.table.find_largest(TYPES[x.dtype], x.data_ptr(), x.shape[0], weight.description, y.data_ptr())
         return y
 
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
@@ -90,21 +90,23 @@ class CpuKernels:
         rows, kind = residual.shape[0], TYPES[residual.dtype]
         y = torch.empty(rows, weight.out_features, dtype=residual.dtype)
         added, addresses = address(x), (residual.data_ptr(), norm.data_ptr())
-        _cpu.norm_linear(kind, added, rows, *addresses, eps, weight.description, y.data_ptr())
+        self.table.norm_linear(kind, added, rows, *addresses, eps, weight.description, y.data_ptr())
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
         rows, size = x.shape
-        _cpu.rms_norm(TYPES[x.dtype], x.data_ptr(), weight.data_ptr(), eps, rows, size, y.data_ptr())
+        self.table.rms_norm(TYPES[x.dtype], x.data_ptr(), weight.data_ptr(), eps, rows, size, y.data_ptr())
         return y
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         check_alike(x, residual)
         y = torch.empty_like(x)
         (rows, size), kind = x.shape, TYPES[x.dtype]
-        _cpu.add_rms_norm(kind, x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, rows, size, y.data_ptr())
+        self.table.add_rms_norm(
+            kind, x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, rows, size, y.data_ptr()
+        )
         return y
 
     def place_heads(
@@ -128,15 +130,16 @@ class CpuKernels:
             spec.eps,
             *(each.data_ptr() for each in rotation),
         )
-        _cpu.place_heads(TYPES[fused.dtype], heads, described, slots.data_ptr())  # type: ignore[arg-type]
+        self.table.place_heads(TYPES[fused.dtype], heads, described, slots.data_ptr())  # type: ignore[arg-type]
 
     def seal(self, cache: LayerCache, exact: Tensor, sealed: Tensor) -> None:
         described = describe_cache(cache), describe_sealed(cache)
-        _cpu.seal(TYPES[cache.keys.dtype], *described, exact.data_ptr(), sealed.data_ptr(), exact.shape[0])
+        self.table.seal(TYPES[cache.keys.dtype], *described, exact.data_ptr(), sealed.data_ptr(), exact.shape[0])
 
     def move_tokens(self, cache: LayerCache, blocks: Tensor, slots: Tensor, into: int) -> None:
         blocks, slots, described = blocks.int().contiguous(), slots.contiguous(), describe_cache(cache)
-        _cpu.move_tokens(TYPES[cache.keys.dtype], described, blocks.data_ptr(), slots.data_ptr(), slots.shape[1], into)
+        moved = blocks.data_ptr(), slots.data_ptr(), slots.shape[1], into
+        self.table.move_tokens(TYPES[cache.keys.dtype], described, *moved)
 
     def unpack(
         self,
@@ -152,7 +155,8 @@ class CpuKernels:
         blocks, head = blocks.contiguous(), into.shape[3] if not form.by_channel else form.width
         numbers = form.tokens, form.width, form.bits, form.group, form.exponents, form.by_channel
         wanted = blocks.data_ptr(), len(blocks), address(factors), address(order)
-        _cpu.unpack(TYPES[into.dtype], (plane.data_ptr(), plane.stride(0), *numbers), wanted, head, into.data_ptr())
+        packed = plane.data_ptr(), plane.stride(0), *numbers
+        self.table.unpack(TYPES[into.dtype], packed, wanted, head, into.data_ptr())
 
     def observe(
         self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
@@ -161,7 +165,7 @@ class CpuKernels:
         described, ragged = describe_cache(cache), describe_batch(batch, cache.group)
         numbers, rows = (spec.scale, 0, spec.soft_cap or 0.0), describe_rows(queries)
         counted = cache.mass.data_ptr(), batch.observed.data_ptr(), share
-        _cpu.observe(TYPES[queries.dtype], rows, described, ragged, numbers, *counted)
+        self.table.observe(TYPES[queries.dtype], rows, described, ragged, numbers, *counted)
 
     def recall(
         self,
@@ -174,7 +178,7 @@ class CpuKernels:
     ) -> None:
         numbers = shadow.rows.blocks.data_ptr(), shadow.chunks, shadow.count, shadow.rank, address(shadow.values)
         wanted = into.data_ptr(), rope[0].data_ptr(), rope[1].data_ptr(), scale
-        _cpu.recall(TYPES[queries.dtype], describe_rows(queries), describe_cache(cache), (*numbers, *wanted))
+        self.table.recall(TYPES[queries.dtype], describe_rows(queries), describe_cache(cache), (*numbers, *wanted))
 
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         y = torch.empty(queries.shape, dtype=queries.dtype)
@@ -183,17 +187,17 @@ class CpuKernels:
         if cache.sealed is not None and not batch.read_exactly:
             sealed = describe_sealed(cache, batch.block_tables[cache.sealed_group])
         numbers = (spec.scale, spec.window or 0, spec.soft_cap or 0.0)
-        described = describe_cache(cache)
-        _cpu.attention(TYPES[queries.dtype], describe_rows(queries), described, sealed, ragged, numbers, y.data_ptr())
+        rows, described = describe_rows(queries), describe_cache(cache)
+        self.table.attention(TYPES[queries.dtype], rows, described, sealed, ragged, numbers, y.data_ptr())
         return y
 
     def multiply_registers(self, dtype: torch.dtype, rounds: int) -> int:
         """Multiply and add in registers only, so many rounds on every thread; how many multiply-adds that was."""
-        return _cpu.multiply_registers(TYPES[dtype], rounds)
+        return self.table.multiply_registers(TYPES[dtype], rounds)
 
     def sweep(self, kind: int, data: Tensor) -> int:
         """Go through memory once, reading (0), writing (1) or copying one half to the other (2); bytes that moved."""
-        _cpu.sweep(kind, data.data_ptr(), data.nbytes)
+        self.table.sweep(kind, data.data_ptr(), data.nbytes)
         return data.nbytes
 
 

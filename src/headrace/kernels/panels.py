@@ -39,8 +39,8 @@ class PanelWeight:
         return sum(part.nbytes for part in self.parts.values())
 
 
-def pack_panels(matrix: Matrix) -> PanelWeight:
-    """A matrix laid out as panels, with zeros where outputs or inputs end."""
+def pack_panels(matrix: Matrix, table: _cpu.Table) -> PanelWeight:
+    """A matrix laid out as panels, with zeros where outputs or inputs end. Equal by any table."""
     values = matrix.values.contiguous()
     if values.dtype == torch.bfloat16 and values.shape[1] % 2:
         values = functional.pad(values, (0, 1))
@@ -57,7 +57,7 @@ def pack_panels(matrix: Matrix) -> PanelWeight:
     gate = GATES[matrix.activation]
     numbers = (out, columns, matrix.input_group, gate, matrix.weight_group, matrix.values.shape[1])
     weight = PanelWeight(parts | {"panels": panels}, numbers)
-    _cpu.pack(values.data_ptr(), weight.description, panels.data_ptr())
+    table.pack(values.data_ptr(), weight.description, panels.data_ptr())
     return weight
 
 

@@ -1,4 +1,5 @@
-// The Python module: chooses a table of kernels once, and passes addresses and shapes on. cpu.py checks the tensors.
+// The Python module: tables of kernels, one for each instruction set, whose methods pass addresses and shapes on. cpu.py checks
+// the tensors.
 #if defined(__linux__)
 #include <malloc.h>
 #endif
@@ -32,16 +33,16 @@ std::vector<const Table*> list_tables() {
     return tables;
 }
 
-const Table* chosen = list_tables().front();
-
-void use_instruction_set(const std::string& name) {
+const Table* find_table(const std::string& name) {
     for (const Table* table : list_tables())
-        if (name == table->name) {
-            chosen = table;
-            return;
-        }
+        if (name == table->name) return table;
     throw std::invalid_argument("this processor has no " + name);
 }
+
+#if defined(__GLIBC__)
+// Allocations up to so many bytes come from memory that was freed before. Releases before 2.35 take no more than 32 MiB.
+bool keep_freed(int bytes) { return mallopt(M_MMAP_THRESHOLD, bytes) && mallopt(M_TRIM_THRESHOLD, bytes); }
+#endif
 
 template <class T>
 T* at(uintptr_t address) {
@@ -109,98 +110,107 @@ NB_MODULE(_cpu, m) {
         for (const Table* table : list_tables()) names.push_back(table->name);
         return names;
     });
-    m.def("instruction_set", [] { return std::string(chosen->name); });
-    m.def("use_instruction_set", &use_instruction_set);
+    m.def("find_table", &find_table, nb::rv_policy::reference);
     m.def("keep_freed_memory", [] {
 #if defined(__GLIBC__)
-        mallopt(M_MMAP_THRESHOLD, 1 << 30);
-        mallopt(M_TRIM_THRESHOLD, 1 << 30);
+        return keep_freed(1 << 30) || keep_freed(1 << 25);
+#else
+        return false;
 #endif
     });
-    m.def("set_threads", [](int threads) { Pool::get().resize(threads); });
+    m.def("set_threads", [](int threads) {
+        nb::gil_scoped_release release;
+        Pool::get().resize(threads);
+    });
     m.def("threads", [] { return Pool::get().threads(); });
-    m.def("multiply_registers", [](int type, int64_t rounds) {
-        nb::gil_scoped_release release;
-        return chosen->multiply_registers(Type(type), rounds);
-    });
-    m.def("sweep", [](int kind, uintptr_t data, int64_t bytes) {
-        nb::gil_scoped_release release;
-        chosen->sweep(Sweep(kind), at<char>(data), bytes);
-    });
     nb::class_<Weight>(m, "Weight").def("__init__", [](Weight* self, nb::tuple parts) { new (self) Weight(weight_of(parts)); })
         .def("expect_next", [](Weight& self, uintptr_t next, int64_t bytes) { self.next = at<void>(next); self.next_bytes = bytes; });
-    m.def("pack", [](uintptr_t from, const Weight& weight, uintptr_t into) {
+    nb::class_<Table> table(m, "Table");
+    table.def_prop_ro("instruction_set", [](const Table& self) { return std::string(self.name); });
+    table.def("multiply_registers", [](const Table& self, int type, int64_t rounds) {
         nb::gil_scoped_release release;
-        chosen->pack(at<void>(from), weight, at<void>(into));
+        return self.multiply_registers(Type(type), rounds);
     });
-    m.def("linear", [](int type, uintptr_t x, int64_t rows, const Weight& weight, int result, uintptr_t y) {
+    table.def("sweep", [](const Table& self, int kind, uintptr_t data, int64_t bytes) {
         nb::gil_scoped_release release;
-        chosen->linear(Type(type), at<void>(x), rows, Norm{}, weight, Type(result), at<void>(y));
+        self.sweep(Sweep(kind), at<char>(data), bytes);
     });
-    m.def("find_largest", [](int type, uintptr_t x, int64_t rows, const Weight& weight, uintptr_t y) {
+    table.def("pack", [](const Table& self, uintptr_t from, const Weight& weight, uintptr_t into) {
         nb::gil_scoped_release release;
-        chosen->find_largest(Type(type), at<void>(x), rows, weight, at<int64_t>(y));
+        self.pack(at<void>(from), weight, at<void>(into));
     });
-    m.def("norm_linear", [](int type, uintptr_t x, int64_t rows, uintptr_t residual, uintptr_t norm, float eps, const Weight& weight,
-                            uintptr_t y) {
+    table.def("linear", [](const Table& self, int type, uintptr_t x, int64_t rows, const Weight& weight, int result, uintptr_t y) {
         nb::gil_scoped_release release;
-        chosen->linear(Type(type), at<void>(x), rows, Norm{at<void>(residual), at<float>(norm), eps}, weight, Type(type), at<void>(y));
+        self.linear(Type(type), at<void>(x), rows, Norm{}, weight, Type(result), at<void>(y));
     });
-    m.def("rms_norm", [](int type, uintptr_t x, uintptr_t weight, float eps, int64_t rows, int64_t size, uintptr_t y) {
+    table.def("find_largest", [](const Table& self, int type, uintptr_t x, int64_t rows, const Weight& weight, uintptr_t y) {
         nb::gil_scoped_release release;
-        chosen->rms_norm(Type(type), at<void>(x), at<float>(weight), eps, rows, size, at<void>(y));
+        self.find_largest(Type(type), at<void>(x), rows, weight, at<int64_t>(y));
     });
-    m.def("add_rms_norm", [](int type, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps, int64_t rows, int64_t size,
+    table.def("norm_linear", [](const Table& self, int type, uintptr_t x, int64_t rows, uintptr_t residual, uintptr_t norm,
+                                float eps, const Weight& weight, uintptr_t y) {
+        nb::gil_scoped_release release;
+        self.linear(Type(type), at<void>(x), rows, Norm{at<void>(residual), at<float>(norm), eps}, weight, Type(type), at<void>(y));
+    });
+    table.def("rms_norm", [](const Table& self, int type, uintptr_t x, uintptr_t weight, float eps, int64_t rows, int64_t size,
                              uintptr_t y) {
         nb::gil_scoped_release release;
-        chosen->add_rms_norm(Type(type), at<void>(x), at<void>(residual), at<float>(weight), eps, rows, size, at<void>(y));
+        self.rms_norm(Type(type), at<void>(x), at<float>(weight), eps, rows, size, at<void>(y));
     });
-    m.def("place_heads", [](int type, nb::tuple heads, nb::tuple cache, uintptr_t slots) {
+    table.def("add_rms_norm", [](const Table& self, int type, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps,
+                                 int64_t rows, int64_t size, uintptr_t y) {
+        nb::gil_scoped_release release;
+        self.add_rms_norm(Type(type), at<void>(x), at<void>(residual), at<float>(weight), eps, rows, size, at<void>(y));
+    });
+    table.def("place_heads", [](const Table& self, int type, nb::tuple heads, nb::tuple cache, uintptr_t slots) {
         Heads h = heads_of(heads);
         Cache c = cache_of(cache);
         nb::gil_scoped_release release;
-        chosen->place_heads(Type(type), h, c, at<int64_t>(slots));
+        self.place_heads(Type(type), h, c, at<int64_t>(slots));
     });
-    m.def("attention", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple sealed, nb::tuple batch, nb::tuple spec, uintptr_t y) {
+    table.def("attention", [](const Table& self, int type, nb::tuple queries, nb::tuple cache, nb::tuple sealed, nb::tuple batch,
+                              nb::tuple spec, uintptr_t y) {
         Attention attention = attention_of(spec);
         Rows q = rows_of(queries);
         Cache c = cache_of(cache);
         Sealed s = sealed_of(sealed);
         Batch b = batch_of(batch);
         nb::gil_scoped_release release;
-        chosen->attention(Type(type), q, c, s, b, attention, at<void>(y));
+        self.attention(Type(type), q, c, s, b, attention, at<void>(y));
     });
-    m.def("seal", [](int type, nb::tuple cache, nb::tuple sealed, uintptr_t from, uintptr_t into, int64_t count) {
+    table.def("seal", [](const Table& self, int type, nb::tuple cache, nb::tuple sealed, uintptr_t from, uintptr_t into,
+                         int64_t count) {
         Cache c = cache_of(cache);
         Sealed s = sealed_of(sealed);
         nb::gil_scoped_release release;
-        chosen->seal(Type(type), c, s, at<int32_t>(from), at<int32_t>(into), count);
+        self.seal(Type(type), c, s, at<int32_t>(from), at<int32_t>(into), count);
     });
-    m.def("move_tokens", [](int type, nb::tuple cache, uintptr_t blocks, uintptr_t slots, int64_t count, int64_t into) {
+    table.def("move_tokens", [](const Table& self, int type, nb::tuple cache, uintptr_t blocks, uintptr_t slots, int64_t count,
+                                int64_t into) {
         Cache c = cache_of(cache);
         nb::gil_scoped_release release;
-        chosen->move_tokens(Type(type), c, {at<int32_t>(blocks), at<int64_t>(slots), count, into});
+        self.move_tokens(Type(type), c, {at<int32_t>(blocks), at<int64_t>(slots), count, into});
     });
-    m.def("unpack", [](int type, nb::tuple form, nb::tuple wanted, int64_t head, uintptr_t into) {
+    table.def("unpack", [](const Table& self, int type, nb::tuple form, nb::tuple wanted, int64_t head, uintptr_t into) {
         Vectors v = vectors_of(form);
         Unpacked u = unpacked_of(wanted);
         nb::gil_scoped_release release;
-        chosen->unpack(Type(type), v, u, head, at<void>(into));
+        self.unpack(Type(type), v, u, head, at<void>(into));
     });
-    m.def("recall", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple shadow) {
+    table.def("recall", [](const Table& self, int type, nb::tuple queries, nb::tuple cache, nb::tuple shadow) {
         Rows q = rows_of(queries);
         Cache c = cache_of(cache);
         Shadow s = shadow_of(shadow);
         nb::gil_scoped_release release;
-        chosen->recall(Type(type), q, c, s);
+        self.recall(Type(type), q, c, s);
     });
-    m.def("observe", [](int type, nb::tuple queries, nb::tuple cache, nb::tuple batch, nb::tuple spec, uintptr_t mass, uintptr_t firsts,
-                        float share) {
+    table.def("observe", [](const Table& self, int type, nb::tuple queries, nb::tuple cache, nb::tuple batch, nb::tuple spec,
+                            uintptr_t mass, uintptr_t firsts, float share) {
         Attention attention = attention_of(spec);
         Rows q = rows_of(queries);
         Cache c = cache_of(cache);
         Batch b = batch_of(batch);
         nb::gil_scoped_release release;
-        chosen->observe(Type(type), q, c, b, attention, {at<char>(mass), at<int32_t>(firsts), share});
+        self.observe(Type(type), q, c, b, attention, {at<char>(mass), at<int32_t>(firsts), share});
     });
 }

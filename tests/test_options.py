@@ -145,6 +145,13 @@ def test_values_of_another_kind_are_refused(name: str, value: object, message: s
         EngineOptions(**{name: value})  # type: ignore[arg-type]
 
 
+def test_a_number_of_threads_has_bounds() -> None:
+    assert EngineOptions(threads=1024).threads == 1024
+    for threads in (0, 1025):
+        with pytest.raises(InputError, match=f"^threads must be a number from 1 to 1,024, got {threads}$"):
+            EngineOptions(threads=threads)
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path

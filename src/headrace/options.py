@@ -78,7 +78,9 @@ class EngineOptions(Options):
     instruction_set: Literal["auto", "avx512_bf16", "avx512", "avx2", "portable"] = setting(
         "auto", "What of the processor the C++ kernels use: the best it has (auto), or less, to compare."
     )
-    threads: int | None = setting(None, "Processor threads; all cores if not given.", low=1)
+    threads: int | None = setting(
+        None, "Processor threads, of the whole process; all cores if not given.", low=1, high=1024
+    )
     kv_cache_bytes: int | None = setting(
         None, "Memory for the KV cache, such as 4GiB; a share of the free memory if not given.", metavar="SIZE", low=1
     )

@@ -24,7 +24,7 @@ from headrace.meter.step_time import ASKED
 from headrace.options import DEFAULT_MODEL
 
 Text = Annotated[Path, typer.Option(metavar="FILE", help="Plain text in UTF-8.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores if not given.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Processor threads; all cores if not given.")]
 InstructionSet = Annotated[str, typer.Option(help="What the kernels use: auto, avx512_bf16, avx512, avx2 or portable.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that are read together.")]
 Most = Annotated[int, typer.Option("--tokens", min=2, help="Most tokens of the text to use.")]

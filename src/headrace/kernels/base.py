@@ -156,7 +156,10 @@ class Kernels(Protocol):
         ...
 
     def set_threads(self, threads: int) -> None:
-        """Use so many processor threads from now on."""
+        """Use so many processor threads from now on, in the whole process: of several engines the last one decides.
+
+        Raises ValueError below 1, InputError for more than the system starts.
+        """
         ...
 
     def pack(self, matrix: Matrix) -> PackedWeight:

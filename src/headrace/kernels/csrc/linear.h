@@ -115,6 +115,7 @@ template <class T>
 struct WriteRows {
     const Weight& weight;
     T* y;
+    int64_t threads = Pool::get().threads();
 
     void operator()(const float* sums, int64_t row, int64_t panel, int) const {
         vf values[VECTORS];
@@ -141,6 +142,7 @@ struct KeepLargest {
     const Weight& weight;
     Largest* found;
     int64_t rows;
+    int64_t threads;
 
     void operator()(const float* sums, int64_t row, int64_t panel, int thread) const {
         vf values[VECTORS];
@@ -176,7 +178,7 @@ void multiply(const Operand& x, int64_t rows, const Weight& weight, const Sink& 
     int64_t width = weight.gate == Gate::none ? PANEL : PANEL / 2, panels = (weight.out + width - 1) / width;
     int64_t height = TILES_PER_TASK * Lanes::ROWS, chunks = (rows + height - 1) / height;
     // Enough tasks that the threads end together, few enough that taking one costs nothing.
-    int64_t threads = Pool::get().threads(), together = chunks > 1 ? 1 : std::max<int64_t>(1, panels / (64 * threads));
+    int64_t threads = sink.threads, together = chunks > 1 ? 1 : std::max<int64_t>(1, panels / (64 * threads));
     int64_t size = panel_lanes(weight);
     int64_t strips = (panels + together - 1) / together;
     Pool::get().run(strips * chunks, [&](int64_t task, int thread) {
@@ -193,7 +195,7 @@ void multiply(const Operand& x, int64_t rows, const Weight& weight, const Sink& 
                 multiply_rows<Lanes, Lanes::ROWS>(count, x.at(row), Panel{weight, panel, lanes, ahead}, result);
                 for (int64_t r = 0; r < count; r++) sink(result + r * PANEL, row + r, panel, thread);
             }
-    });
+    }, threads);
 }
 
 template <class Lanes, class T, class Sink>
@@ -245,7 +247,7 @@ template <class T>
 void find_largest(const T* x, int64_t rows, const Weight& weight, int64_t* y) {
     int64_t threads = Pool::get().threads();
     std::vector<Largest> found(threads * rows);
-    multiply_any(x, rows, Norm{}, weight, KeepLargest{weight, found.data(), rows});
+    multiply_any(x, rows, Norm{}, weight, KeepLargest{weight, found.data(), rows, threads});
     for (int64_t row = 0; row < rows; row++) {
         Largest best;
         for (int64_t t = 0; t < threads; t++) {

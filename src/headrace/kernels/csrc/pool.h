@@ -7,6 +7,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -17,15 +19,18 @@ class Pool {
     // The only pool. It is never destroyed: at exit the system takes its threads.
     static Pool& get();
 
-    // Threads that work on a call, the caller's included. Not while a call runs.
+    // Threads that work on a call, the caller's included. Waits for the call in hand: what it began with, it ends with.
+    // Throws invalid_argument below 1, and runtime_error where the system starts no more; the pool is then what it was.
     void resize(int threads);
-    int threads() const { return threads_; }
+    // May change at any time: what is laid out by thread hands the number that it was made for to `run`.
+    int threads() const { return threads_.load(std::memory_order_relaxed); }
 
-    // Call function(index, thread) for every index below count, thread telling apart what runs at the same time.
-    // Returns when all are done. A second call at the same time, from another thread, works alone.
+    // Call function(index, thread) for every index below count, thread, below `most`, telling apart what runs at the same
+    // time. Returns when all are done; then throws the first exception that one of them threw. A second call at the same
+    // time, from another thread, works alone.
     template <class Function>
-    void run(int64_t count, const Function& function) {
-        run_any(count, [](const void* f, int64_t index, int thread) { (*(const Function*)f)(index, thread); }, &function);
+    void run(int64_t count, const Function& function, int64_t most = std::numeric_limits<int>::max()) {
+        run_any(count, (int)most, [](const void* f, int64_t index, int thread) { (*(const Function*)f)(index, thread); }, &function);
     }
 
     // Memory that will probably be read next: workers fetch it into the caches while they have nothing to do.
@@ -35,18 +40,26 @@ class Pool {
     using Call = void (*)(const void*, int64_t, int);
     using Flag = std::shared_ptr<std::atomic<bool>>;
 
-    void run_any(int64_t count, Call call, const void* function);
+    void start_workers(int threads);
+    void dismiss_workers(int threads);
+    void run_any(int64_t count, int most, Call call, const void* function);
     void take_tasks(uint32_t epoch, int thread);
+    void keep_exception();
     void fetch_expected(uint32_t epoch);
     void work(int thread, uint32_t seen, const Flag& leave);
 
-    int threads_ = 1;
+    std::atomic<int> threads_{1};
     std::vector<Flag> leaving_;
+    // Held by the call in hand, and while the number of threads changes.
     std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+    // The call's first exception, and whether there is one.
+    std::exception_ptr exception_;
+    std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
     // The call in hand. Written only while the cursor is closed, read again after a task has been taken from the cursor.
     std::atomic<Call> call_{nullptr};
     std::atomic<const void*> function_{nullptr};
     std::atomic<uint32_t> count_{0};
+    std::atomic<int> most_{0};
     // The call's number above, the next index that nobody has taken below.
     alignas(64) std::atomic<uint64_t> cursor_{0};
     alignas(64) std::atomic<uint32_t> done_{0};

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from headrace import LLM, SamplingParams
 from headrace.core import InputError
+from headrace.engine.memory import give_back_memory
 
+MIB = 2**20
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
@@ -54,3 +60,23 @@ def test_arguments_that_cannot_be_are_refused(llm: LLM) -> None:
     for call in (llm.report, lambda: llm.context_length, lambda: llm.use_kv("plain", 32)):
         with pytest.raises(InputError, match="this LLM is closed"):
             call()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what it likes")
+def test_what_was_freed_goes_back_when_an_llm_is_closed(llm: LLM) -> None:
+    """What kernels let the C library keep, for activations that come and go, is not kept beyond the model."""
+    give_back_memory()
+    before = read_resident()
+    weights = [torch.ones(MIB) for _ in range(50)]
+    last = torch.ones(MIB)  # what lies below it would otherwise go back at once
+    weights.clear()
+    assert read_resident() > before + 150 * MIB
+    engine = weakref.ref(llm.engine)
+    llm.close()
+    assert engine() is None
+    assert read_resident() < before + 50 * MIB
+    assert last.sum() == MIB
+
+
+def read_resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

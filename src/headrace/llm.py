@@ -17,6 +17,7 @@ from headrace.core import InputError, Pooling, Request, RowError, SamplingParams
 from headrace.engine.deltas import DeltaReader
 from headrace.engine.engine import Engine
 from headrace.engine.loading import change_kv, load_engine
+from headrace.engine.memory import give_back_memory
 from headrace.engine.outputs import RequestOutput, ScoreOutput
 from headrace.engine.reading import read_score
 from headrace.engine.stream import Asked, answer, speak
@@ -52,11 +53,7 @@ class LLM:
         if unknown:
             raise InputError(f"LLM has no setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
         asked = EngineOptions(
-            model=model,
-            precision=precision,
-            kv_cache_bytes=kv_cache_bytes,
-            threads=threads,
-            **options,
+            model=model, precision=precision, kv_cache_bytes=kv_cache_bytes, threads=threads, **options
         )
         began = time.perf_counter()
         loaded = load_engine(asked)
@@ -187,9 +184,9 @@ class LLM:
 
     def close(self) -> None:
         """Free the model and the KV cache. The LLM cannot be used after it."""
-        engine = self.__dict__.pop("engine", None)
-        if engine is not None:
-            engine.close()
+        if "engine" in self.__dict__:
+            self.__dict__.pop("engine").close()
+            give_back_memory()
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,7 @@ from headrace.checkpoint.hashes import cache_folder
 from headrace.core import InputError
 from headrace.engine.caching import open_cache
 from headrace.engine.engine import Engine
+from headrace.engine.memory import give_back_memory
 from headrace.engine.precision import choose_precision
 from headrace.engine.tuned import apply_tuned
 from headrace.kernels import choose_kernels
@@ -134,6 +135,8 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     )
     kernels.set_threads(threads)
     model = load_model(checkpoint, kernels, settings)
+    # What loading took beside the weights: the cache's share is one of the memory that is free.
+    give_back_memory()
     cache, state = open_cache(model, resolved.policy, options)
     state.limits = replace(state.limits, deadline=resolved.deadline)
     context = model.config.context_length

@@ -1,8 +1,10 @@
-"""How much memory this process may still take. Knows nothing of models."""
+"""How much memory this process may still take, and what it gives back. Knows nothing of models."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from headrace.meter.cgroups import OWN, ControlGroups
@@ -12,6 +14,12 @@ def read_available_bytes(groups: ControlGroups = OWN) -> int:
     """Memory that can be had without swapping, within the control groups' limits where one is set."""
     available, allowed = _read_machine(), groups.read_free_bytes()
     return available if allowed is None else min(available, allowed)
+
+
+def give_back_memory() -> None:
+    """Let the system have what was freed: the C library keeps it, as the kernels told it, for what is next."""
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read_machine() -> int:

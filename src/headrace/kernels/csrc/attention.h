@@ -209,7 +209,7 @@ void order_sequences(Call<T>& call) {
     const int32_t* tables = call.sealed.data ? call.sealed.tables : call.batch.tables;
     int64_t stride = call.sealed.data ? call.sealed.table_stride : call.batch.table_stride;
     auto table = [&](int64_t s) { return tables + s * stride; };
-    // Blocks beyond a sequence's last one are -1, in front of any other.
+    // Blocks beyond a sequence's last one are -1, whose bytes come behind those of any other.
     auto several = [&](int64_t s) { return call.batch.starts[s + 1] - call.batch.starts[s] > 1; };
     std::sort(call.order.begin(), call.order.end(), [&](int64_t a, int64_t b) {
         if (several(a) != several(b)) return several(b);

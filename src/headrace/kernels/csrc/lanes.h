@@ -83,11 +83,6 @@ inline vu unpack(vu stored, int step) {
     return stored >> (4 * step) & 0x0f0f0f0fu;
 }
 
-// Ask for lanes that will be read soon: the processor by itself fetches ahead within a page only.
-inline void prefetch(const uint32_t* lanes, int64_t count) {
-    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(lanes + i);
-}
-
 // Lanes of a floating-point element type.
 template <class T>
 struct LanesOf;

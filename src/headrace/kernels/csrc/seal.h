@@ -45,15 +45,6 @@ inline float to_float(half value) {
 #endif
 }
 
-inline float to_float(float value) { return value; }
-
-inline float to_float(bf16 value) {
-    uint32_t bits = (uint32_t)value.bits << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
 // How far apart a group's codes are, and where their middle is, in the steps of round_groups (vectors.py).
 inline void choose_grid(float least, float most, int64_t bits, half& scale, uint8_t& middle) {
     const float grain = grain_of(bits), levels = (float)((1 << bits) - 1);

@@ -40,8 +40,13 @@ const Table* find_table(const std::string& name) {
 }
 
 #if defined(__GLIBC__)
-// Allocations up to so many bytes come from memory that was freed before. Releases before 2.35 take no more than 32 MiB.
-bool keep_freed(int bytes) { return mallopt(M_MMAP_THRESHOLD, bytes) && mallopt(M_TRIM_THRESHOLD, bytes); }
+// Allocations up to 1 GiB come from memory that was freed before; older releases of the library allow 32 MiB at most. False
+// if neither can be had: then it chooses by itself, which a limit on trimming alone would end.
+bool keep_freed_memory() {
+    return (mallopt(M_MMAP_THRESHOLD, 1 << 30) || mallopt(M_MMAP_THRESHOLD, 1 << 25)) && mallopt(M_TRIM_THRESHOLD, 1 << 30);
+}
+#else
+bool keep_freed_memory() { return false; }
 #endif
 
 template <class T>
@@ -111,13 +116,7 @@ NB_MODULE(_cpu, m) {
         return names;
     });
     m.def("find_table", &find_table, nb::rv_policy::reference);
-    m.def("keep_freed_memory", [] {
-#if defined(__GLIBC__)
-        return keep_freed(1 << 30) || keep_freed(1 << 25);
-#else
-        return false;
-#endif
-    });
+    m.def("keep_freed_memory", &keep_freed_memory);
     m.def("set_threads", [](int threads) {
         nb::gil_scoped_release release;
         Pool::get().resize(threads);

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.core import RowError
 from headrace.engine.generation import Generation
-from headrace.engine.sampling import SampledToken, sample
+from headrace.engine.sampling import SampledToken, fail_unordered, sample
 from headrace.model import Model
 
 # Logit rows computed at once: bounds their memory.
@@ -22,11 +22,11 @@ LOGIT_ROWS = 256
 def choose_tokens(
     model: Model, hidden: Tensor, generations: Rows[Generation], end_tokens: frozenset[int]
 ) -> list[SampledToken | RowError]:
-    """The next token of each generation from its hidden state [R, H]; an error for a row whose constraint fails."""
+    """The next token of each generation from its hidden state [R, H]; an error for a row that `sample` would fail."""
     tokens: list[SampledToken | RowError] = [(0, None)] * len(generations)
     for part in cut([row for row, generation in enumerate(generations) if generation.plain]):
         for row, likeliest in zip(part, model.find_likeliest(take(hidden, part)).tolist(), strict=True):
-            tokens[row] = (likeliest, None)
+            tokens[row] = (likeliest, None) if likeliest >= 0 else fail_unordered(generations[row])
     for part in cut([row for row, generation in enumerate(generations) if not generation.plain]):
         found = sample(model.logits(take(hidden, part)), [generations[row] for row in part], end_tokens)
         for row, token in zip(part, found, strict=True):

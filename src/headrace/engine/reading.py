@@ -15,7 +15,7 @@ from headrace.core import InputError, Sequence
 from headrace.engine.choosing import LOGIT_ROWS
 from headrace.engine.generation import Generation
 from headrace.engine.outputs import RequestOutput, ScoreOutput
-from headrace.engine.sampling import read_logprob
+from headrace.engine.sampling import fail_unordered, read_logprob
 from headrace.model import Model
 
 Row = tuple[Sequence, int]
@@ -26,7 +26,8 @@ GRAIN = 2.0**-26
 
 
 def score_prompts(model: Model, rows: Rows[Row], hidden: Tensor, generations: Mapping[int, Generation]) -> None:
-    """Record the log probability of the token after each position, from its hidden state [R, H]."""
+    """Record the log probability of the token after each position, from its hidden state [R, H]. A row where one is no
+    number fails."""
     for start in range(0, len(rows), LOGIT_ROWS):
         part = rows[start : start + LOGIT_ROWS]
         logprobs = model.logits(hidden[start : start + LOGIT_ROWS]).log_softmax(-1)
@@ -36,10 +37,13 @@ def score_prompts(model: Model, rows: Rows[Row], hidden: Tensor, generations: Ma
             if len(known) == position + 1:
                 alternatives = sequence.request.params.logprobs or 0
                 known.append(read_logprob(values, sequence.tokens[position + 1], alternatives))
+                if math.isnan(known[-1].logprob):
+                    generations[sequence.number].error = fail_unordered(generations[sequence.number])
 
 
 def pool_prompts(rows: Rows[Row], hidden: Tensor, generations: Mapping[int, Generation]) -> None:
-    """Add hidden states [R, H] to their prompts' vectors, which are sums of all positions, or the last one's state."""
+    """Add hidden states [R, H] to their prompts' vectors, which are sums of all positions, or the last one's state.
+    A row where one is no number fails."""
     end = 0
     for number, group in groupby(rows, key=lambda row: row[0].number):
         positions = [position for _, position in group]
@@ -51,6 +55,8 @@ def pool_prompts(rows: Rows[Row], hidden: Tensor, generations: Mapping[int, Gene
             part = ((hidden[start + known : end].double() / GRAIN).round() * GRAIN).sum(0)
             reading.vector = part if reading.vector is None else reading.vector + part
             reading.pooled = positions[-1] + 1
+            if not part.isfinite().all():
+                generations[number].error = fail_unordered(generations[number])
 
 
 def normalise(vector: Tensor) -> list[float]:

@@ -21,6 +21,9 @@ NUCLEUS_CANDIDATES = 1024
 # A row with less is greedy, as in vLLM: 1e-50 is zero in float32, and logits divided by it are no numbers.
 LEAST_TEMPERATURE = 1e-5
 
+NOT_A_NUMBER = "not_a_number"
+UNORDERED_REASON = "its weights are damaged, or what it computes is too large for its number format"
+
 SampledToken = tuple[int, TokenLogprob | None]
 
 
@@ -28,11 +31,12 @@ def sample(logits: Tensor, generations: Rows[Generation], end_tokens: frozenset[
     """Choose the next token of each row of logits float32 [R, V], row r being generations[r].
 
     Log probabilities are those of the model itself, before penalties, masks and temperature. A row whose constraint
-    fails gets its error instead of a token. May write into `logits`.
+    fails, or that has a logit that is no number, gets its error instead of a token. May write into `logits`.
     """
     wants_logprobs = [row for row, generation in enumerate(generations) if generation.output.logprobs is not None]
     logprobs = logits[wants_logprobs].log_softmax(-1) if wants_logprobs else None
-    failed: dict[int, RowError] = {}
+    # Before masks, which could hide it.
+    failed = {row: fail_unordered(generations[row]) for row in find_unordered(logits)}
     for row, generation in enumerate(generations):
         try:
             adjust_logits(logits[row], generation, end_tokens)
@@ -48,6 +52,20 @@ def sample(logits: Tensor, generations: Rows[Generation], end_tokens: frozenset[
             read_logprob(values, tokens[row], generations[row].sequence.request.params.logprobs or 0),
         )
     return [failed.get(row, choice) for row, choice in enumerate(choices)]
+
+
+def find_unordered(rows: Tensor) -> list[int]:
+    """Which of rows [R, n] hold what is no number: to torch it is above all numbers."""
+    found: list[int] = rows.amax(-1).isnan().nonzero().flatten().tolist()
+    return found
+
+
+def fail_unordered(generation: Generation) -> RowError:
+    """Why a row has no next token when what the model gives for it is no number: any token would be made up."""
+    count = len(generation.sequence.tokens)
+    return RowError(
+        NOT_A_NUMBER, f"what the model computes of the row's {count} tokens is no number (NaN): {UNORDERED_REASON}"
+    )
 
 
 def find_likeliest(logits: Tensor) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.cache.paged import PagedCache
 from headrace.cache.policies.base import KVShape, LayerStep
-from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, RaggedBatch
+from headrace.kernels.base import AttentionSpec, HeadSpec, Kernels, RaggedBatch, find_largest_of
 from headrace.meter.operations import ModelShape
 from headrace.model.config import ModelConfig
 from headrace.model.rope import RotaryTable
@@ -125,10 +125,11 @@ class Model:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def find_likeliest(self, hidden: Tensor) -> Tensor:
-        """The token of the largest logit, int64 [R], of hidden states [R, hidden]; logits are not kept."""
+        """The token of the largest logit, int64 [R], of hidden states [R, hidden]; -1 where a logit is no number. Logits
+        are not kept."""
         if self.config.logit_soft_cap is not None:
             # Far out the cap makes different logits equal.
-            return self.logits(hidden).argmax(-1)
+            return find_largest_of(self.logits(hidden))
         return self.head.find_largest(hidden)
 
     def measure_keys(self) -> Tensor:
@@ -161,4 +162,4 @@ class Model:
 
 def describe_kv(config: ModelConfig, dtype: torch.dtype) -> KVShape:
     """What keys and values of such a model look like in this dtype."""
-    return KVShape(config.windows, config.kv_heads, config.head_size, dtype)
+    return KVShape(config.windows, config.kv_heads, config.head_size, dtype, soft_cap=config.attention_soft_cap)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -64,12 +65,9 @@ struct Quantized {
 
 template <class T>
 float find_magnitude(const T* x, int64_t size) {
-    vf top = {};
-    for (int64_t i = 0; i < size; i += W) {
-        vf v = load(x + i, size - i);
-        top = maximum(top, maximum(v, -v));
-    }
-    return largest(top);
+    vi top = {};
+    for (int64_t i = 0; i < size; i += W) top = maximum_magnitude(top, load(x + i, size - i));
+    return largest_magnitude(top);
 }
 
 // x times a factor as whole numbers, and their sum.
@@ -90,9 +88,12 @@ void quantize_row(const T* x, const Weight& weight, int64_t part, int8_t* into, 
     for (int64_t first = 0; first < weight.in; first += weight.input_group) {
         int64_t end = std::min(first + weight.input_group, weight.in);
         float magnitude = find_magnitude(x + first, end - first), factor = magnitude > 0 ? 127.0f / magnitude : 0.0f;
-        float scale = *scales++ = magnitude / 127.0f;
+        // No whole numbers stand for a value that is infinite or none: all that the group meets becomes none.
+        bool finite = std::isfinite(magnitude);
+        float scale = *scales++ = finite ? magnitude / 127.0f : NAN;
         for (int64_t i = first; i < end; i += part)
-            *additions++ = Part::addition(round_part(x + i, std::min(part, end - i), factor, into + i), scale);
+            *additions++ = Part::addition(finite ? round_part(x + i, std::min(part, end - i), factor, into + i) : 0, scale);
+        if (!finite) std::fill(into + first, into + end, 0);
     }
 }
 

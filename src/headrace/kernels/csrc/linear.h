@@ -134,10 +134,14 @@ struct Largest {
     float value = -std::numeric_limits<float>::infinity();
     int64_t column = 0;
 
+    // Before all others, and never behind one.
+    static Largest none() { return {std::numeric_limits<float>::infinity(), -1}; }
+
     bool before(float other, int64_t place) const { return other > value || (other == value && place < column); }
 };
 
 // Or only the column of each row's largest element is kept, the first of equal ones: by thread, found [threads][rows].
+// A row with an element that is no number has none that is largest.
 struct KeepLargest {
     const Weight& weight;
     Largest* found;
@@ -150,13 +154,25 @@ struct KeepLargest {
         int64_t first = panel * PANEL, count = std::min<int64_t>(PANEL, weight.out - first);
         float plain[PANEL];
         vf best = splat(-std::numeric_limits<float>::infinity());
+        vi unordered = {};
         for (int v = 0; v < VECTORS; v++) {
             store(plain + v * W, values[v]);
-            if ((v + 1) * W <= count) best = maximum(best, values[v]);
+            if ((v + 1) * W <= count) {
+                best = maximum(best, values[v]);
+                unordered |= values[v] != values[v];
+            }
         }
         float top = largest(best);
-        for (int64_t j = count / W * W; j < count; j++) top = std::fmax(top, plain[j]);
+        bool some = any(unordered);
+        for (int64_t j = count / W * W; j < count; j++) {
+            top = std::fmax(top, plain[j]);
+            some |= std::isnan(plain[j]);
+        }
         Largest& known = found[thread * rows + row];
+        if (some) {
+            known = Largest::none();
+            return;
+        }
         // Of this panel nothing stands before its first column.
         if (!known.before(top, first)) return;
         for (int64_t j = 0; j < count; j++)
@@ -242,7 +258,7 @@ void linear(const T* x, int64_t rows, const Norm& norm, const Weight& weight, Y*
     multiply_any(x, rows, norm, weight, WriteRows<Y>{weight, y});
 }
 
-// y [rows]: the column of each row's largest element, without writing the rows.
+// y [rows]: the column of each row's largest element, without writing the rows; -1 for a row with what is no number.
 template <class T>
 void find_largest(const T* x, int64_t rows, const Weight& weight, int64_t* y) {
     int64_t threads = Pool::get().threads();

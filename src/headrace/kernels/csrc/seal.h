@@ -11,6 +11,7 @@ namespace {
 using namespace headrace;
 
 constexpr float FARTHEST = 3900, LEAST_SCALE = 1e-30f;  // as in vectors.py
+constexpr half NO_SCALE = {0x7e00};  // no number: of a group that has such a one, or infinity, nothing else is left
 
 inline half to_half(float value) {
     half result;
@@ -72,12 +73,17 @@ void seal_rows(const uint32_t* lanes, int64_t stride, int64_t rows, int64_t bits
         for (int64_t place = 0; place < codes; place++) {
             int64_t row = first + place;
             vf x[V], least, most;
+            vi magnitude = {};
             for (int v = 0; v < V; v++) {
                 vu both = load(lanes + row / PAIR * stride + v * W);
                 x[v] = (vf)(PAIR == 1 ? both : row % 2 ? both & 0xffff0000u : both << 16);
                 least = v ? minimum(least, x[v]) : x[v], most = v ? maximum(most, x[v]) : x[v];
+                magnitude = maximum_magnitude(magnitude, x[v]);
             }
-            choose_grid(-largest(-least), largest(most), bits, scales[row], middles[row]);
+            if (std::isfinite(largest_magnitude(magnitude)))
+                choose_grid(-largest(-least), largest(most), bits, scales[row], middles[row]);
+            else
+                scales[row] = NO_SCALE, middles[row] = 0;
             float step = to_float(scales[row]), start = load_starts(middles + row, bits, 1)[0];
             for (int v = 0; v < V; v++) {
                 vf level = step > 0 ? x[v] / step - start : splat(0.0f);

@@ -135,14 +135,16 @@ void round_rows(const T* x, int64_t stride, const Grid& grid, int64_t size, floa
     float *wide = numbers + size, *least = wide + size;
     for (int64_t d = 0; d < size; d += W) store(wide + d, grid.scale(d)), store(least + d, grid.least(d));
     for (int r = 0; r < ROWS; r++) {
-        vf top = {};
+        vi top = {};
         for (int64_t d = 0; d < size; d += W) {
             vf one = load(x + r * stride + d), product = one * load(wide + d);
             bases[r] = multiply_add(one, load(least + d), bases[r]);
-            top = maximum(top, maximum(product, -product));
+            top = maximum_magnitude(top, product);
             store(numbers + d, product);
         }
-        float most = largest(top);
+        float most = largest_magnitude(top);
+        // Of what is infinite or no number the sum of bases is none already, and with it all that they are added to.
+        if (!std::isfinite(most)) bases[r] = splat(NAN), most = 0;
         steps[r] = most * (1 / C::MOST);
         // The softmax gives no less than 2^-126: what is next to nothing is taken for nothing, for its factor would be infinite.
         vf rest = round_row<C>(numbers, size, most > 1e-30f ? C::MOST / most : 0, rounded + r * size);

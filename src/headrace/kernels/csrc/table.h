@@ -156,7 +156,8 @@ struct Table {
     void (*pack)(const void* from, const Weight& weight, void* into);
     // y [rows, out] of type `result` = x [rows, in] times the weight; x is float32 or bfloat16, as the weight unless that is of integers.
     void (*linear)(Type type, const void* x, int64_t rows, const Norm& norm, const Weight& weight, Type result, void* y);
-    // y [rows]: the column of the largest of each row of that product, the first of equal ones. For weights without a gate.
+    // y [rows]: the column of the largest of each row of that product, the first of equal ones, -1 where one is no number. For
+    // weights without a gate.
     void (*find_largest)(Type type, const void* x, int64_t rows, const Weight& weight, int64_t* y);
     void (*rms_norm)(Type type, const void* x, const float* weight, float eps, int64_t rows, int64_t size, void* y);
     // residual += x, then the norm of the new residual into y.

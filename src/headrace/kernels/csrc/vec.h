@@ -2,6 +2,7 @@
 // Every function treats each lane alike, so a value's result does not depend on its place in a vector.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
@@ -76,7 +77,9 @@ inline vf load(const half* p) {
     // The exponent, 5 bits of bias 15, becomes one of 8 bits and bias 127 by a product, which takes small numbers along.
     vu wide = __builtin_convertvector(bits, vu);
     vf magnitude = (vf)((wide & 0x7fff) << 13) * 5.192296858534828e33f;
-    return (vf)((vu)magnitude | (wide & 0x8000) << 16);
+    // What that makes 2^16 and more is infinite, or no number.
+    vu endless = (vu)(magnitude >= 65536.0f) & 0x7f800000;
+    return (vf)((vu)magnitude | endless | (wide & 0x8000) << 16);
 #endif
 }
 
@@ -208,8 +211,16 @@ inline void store(int8_t* p, vi v, int64_t n) {
         std::memcpy(p, &bytes, n);
 }
 
+// Where either is no number, they give b, as the processor's own instructions do.
 inline vf maximum(vf a, vf b) { return a > b ? a : b; }
 inline vf minimum(vf a, vf b) { return a < b ? a : b; }
+
+// The larger of known magnitudes' bits and those of v's: whole numbers order them as the numbers themselves, with infinity
+// above all and what is no number above that.
+inline vi maximum_magnitude(vi known, vf v) {
+    vi bits = (vi)v & 0x7fffffff;
+    return known > bits ? known : bits;
+}
 
 inline float sum(vf v) {
 #if defined(__AVX512F__)
@@ -233,6 +244,19 @@ inline int32_t sum(vi v) {
 #endif
 }
 
+// Whether any lane of a comparison is true.
+inline bool any(vi truth) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)truth, (__m512i)truth);
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)truth, (__m256i)truth);
+#else
+    int32_t found = 0;
+    for (int i = 0; i < W; i++) found |= truth[i];
+    return found;
+#endif
+}
+
 inline float largest(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);
@@ -249,10 +273,20 @@ inline float largest(vf v) {
 #endif
 }
 
+inline float largest_magnitude(vi bits) {
+#if defined(__AVX512F__)
+    int32_t top = _mm512_reduce_max_epi32((__m512i)bits);
+#else
+    int32_t top = bits[0];
+    for (int i = 1; i < W; i++) top = bits[i] > top ? bits[i] : top;
+#endif
+    return std::bit_cast<float>(top);
+}
+
 // 2^x to about 1e-7 relative, x from -126 to 126 and 2^-126 for less: the nearest whole number goes to the exponent, a
-// polynomial (Taylor's, of (ln 2)^k / k!) takes the rest.
+// polynomial (Taylor's, of (ln 2)^k / k!) takes the rest. What is no number stays none.
 inline vf power_of_two(vf x) {
-    x = maximum(x, splat(-126.0f));
+    x = maximum(splat(-126.0f), x);
     // Adding 1.5 * 2^23 leaves the nearest whole number in the lowest bits; taking it away again gives it as a number.
     vf shifted = x + 12582912.0f;
     vf r = x - (shifted - 12582912.0f);
@@ -265,7 +299,7 @@ inline vf power_of_two(vf x) {
     return (vf)((vi)p + ((vi)shifted << 23));
 }
 
-inline vf exponential(vf x) { return power_of_two(minimum(x * 1.44269504088896341f, splat(126.0f))); }
+inline vf exponential(vf x) { return power_of_two(minimum(splat(126.0f), x * 1.44269504088896341f)); }
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exponential(-x)); }
 inline vf hyperbolic_tangent(vf x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }

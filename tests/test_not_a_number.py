@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_kernels import FAST, PLAIN, make_case
+from test_kernels import PLAIN, make_case
 from test_sealed import make_batch
 from test_sealed import make_cache as make_sealed_cache
 from tiny import make_tiny_model
@@ -18,7 +17,8 @@ from tiny import make_tiny_model
 from headrace import LLM, Constraint, SamplingParams
 from headrace.core import InputError
 from headrace.kernels import _cpu
-from headrace.kernels.base import AttentionSpec, Kernels, SealedForm
+from headrace.kernels.base import AttentionSpec, SealedForm
+from headrace.kernels.cpu import CpuKernels
 from headrace.quant import FORMATS, Quantization
 from headrace.quant.int4 import Int4
 from headrace.quant.int8 import Int8
@@ -30,57 +30,53 @@ EVERY_FORMAT = [FORMATS["fp32"], FORMATS["bf16"], Int8(32), Int4(32, 32)]
 
 
 @pytest.fixture(params=_cpu.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+def fast(request: pytest.FixtureRequest) -> CpuKernels:
     torch.manual_seed(0)
-    before = _cpu.instruction_set()
-    _cpu.use_instruction_set(request.param)
-    yield request.param
-    _cpu.use_instruction_set(before)
+    return CpuKernels(request.param)
 
 
-@pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("kernels", [FAST, PLAIN], ids=["cpu", "reference"])
 @pytest.mark.parametrize("format", EVERY_FORMAT, ids=["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("wrong", [NAN, INFINITE])
-def test_a_product_of_what_is_no_number_is_none(kernels: Kernels, format: Quantization, wrong: float) -> None:
-    weight = kernels.pack(format.store(torch.randn(40, 96)))
-    x = torch.randn(5, 96).to(format.dtype)
-    right = kernels.linear(x, weight, torch.float32)
-    x[2, 50] = wrong
-    found = kernels.linear(x, weight, torch.float32)
-    assert not found[2].isfinite().any()
-    others = torch.tensor([0, 1, 3, 4])
-    assert torch.equal(found[others], right[others])
-    assert kernels.find_largest(x[others], weight).tolist() == right[others].argmax(-1).tolist()
-    if wrong is NAN:
-        assert kernels.find_largest(x, weight)[2] == -1
+def test_a_product_of_what_is_no_number_is_none(fast: CpuKernels, format: Quantization, wrong: float) -> None:
+    for kernels in (fast, PLAIN):
+        weight = kernels.pack(format.store(torch.randn(40, 96)))
+        x = torch.randn(5, 96).to(format.dtype)
+        right = kernels.linear(x, weight, torch.float32)
+        x[2, 50] = wrong
+        found = kernels.linear(x, weight, torch.float32)
+        assert not found[2].isfinite().any()
+        others = torch.tensor([0, 1, 3, 4])
+        assert torch.equal(found[others], right[others])
+        assert kernels.find_largest(x[others], weight).tolist() == right[others].argmax(-1).tolist()
+        if wrong is NAN:
+            assert kernels.find_largest(x, weight)[2] == -1
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("column", [0, 31, 32, 45, 69])
-def test_a_row_with_one_element_that_is_no_number_has_no_largest(column: int) -> None:
+def test_a_row_with_one_element_that_is_no_number_has_no_largest(fast: CpuKernels, column: int) -> None:
     """In any panel, in one that is not full, and where columns end."""
     matrix = FORMATS["fp32"].store(torch.randn(70, 64))
     bias = torch.zeros(70)
     bias[column] = NAN
     x = torch.randn(30, 64)
-    for kernels in (FAST, PLAIN):
+    for kernels in (fast, PLAIN):
         assert kernels.find_largest(x, kernels.pack(replace(matrix, bias=bias))).tolist() == [-1] * 30
         assert -1 not in kernels.find_largest(x, kernels.pack(matrix)).tolist()
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", [AttentionSpec(0.2), AttentionSpec(0.2, soft_cap=3.0)], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("wrong", [NAN, INFINITE])
-def test_attention_over_a_key_that_is_no_number(dtype: torch.dtype, spec: AttentionSpec, wrong: float) -> None:
+def test_attention_over_a_key_that_is_no_number(
+    fast: CpuKernels, dtype: torch.dtype, spec: AttentionSpec, wrong: float
+) -> None:
     cache, batch = make_case([(70, 1), (64, 20)], 2, 64, 32, dtype)
     queries = torch.randn(21, 4, 64).to(dtype)
-    right = FAST.attention(queries, cache, batch, spec)
+    right = fast.attention(queries, cache, batch, spec)
     # The first token of the first sequence, all of kv head 1: whatever the query, some of its products are none.
     cache.keys[int(batch.block_tables[0][0, 0]), 1, :, 0] = wrong
     cache.keys[int(batch.block_tables[0][0, 0]), 1, 0, 0, 0] = NAN
-    found = FAST.attention(queries, cache, batch, spec)
+    found = fast.attention(queries, cache, batch, spec)
     assert found[0, 2:].isnan().all()
     assert torch.equal(found[0, :2], right[0, :2]) and torch.equal(found[1:], right[1:])
 
@@ -90,7 +86,7 @@ def test_attention_over_a_key_that_is_no_number(dtype: torch.dtype, spec: Attent
 @pytest.mark.parametrize("wrong", [NAN, INFINITE, -INFINITE])
 @pytest.mark.parametrize("keys", [True, False], ids=["key", "value"])
 def test_what_is_no_number_is_sealed_as_such(
-    dtype: torch.dtype, form: SealedForm, wrong: float, keys: bool, instruction_set: str
+    dtype: torch.dtype, form: SealedForm, wrong: float, keys: bool, fast: CpuKernels
 ) -> None:
     cache, batch = make_sealed_cache(12, 2, 64, 32, dtype, form), make_batch([(100, 1)], 32)
     assert cache.sealed is not None
@@ -99,9 +95,9 @@ def test_what_is_no_number_is_sealed_as_such(
         batch.block_tables[cache.sealed_group][0, :3].contiguous(),
     )
     (cache.keys if keys else cache.values)[exact[1], 1, 3, 4, 0] = wrong
-    FAST.seal(cache, exact, sealed)
+    fast.seal(cache, exact, sealed)
     queries = torch.randn(1, 4, 64).to(dtype)
-    found = FAST.attention(queries, cache, batch, AttentionSpec(0.1))
+    found = fast.attention(queries, cache, batch, AttentionSpec(0.1))
     assert found[0, :2].isfinite().all()
     assert found[0, 2:].isnan().any(-1).all()
 

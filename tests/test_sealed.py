@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.cache.policies.sealing import LARGEST_HEAD
 from headrace.kernels import _cpu
-from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch, SealedForm
+from headrace.kernels.base import LARGEST_HEAD, AttentionSpec, LayerCache, RaggedBatch, SealedForm
 from headrace.kernels.cpu import CpuKernels
 from headrace.kernels.reference import ReferenceKernels, read_blocks, write_slots
 from headrace.kernels.units import pack_units, unpack_units

@@ -36,8 +36,9 @@ def score_prompts(model: Model, rows: Rows[Row], hidden: Tensor, generations: Ma
             known = generations[sequence.number].reading.logprobs
             if len(known) == position + 1:
                 alternatives = sequence.request.params.logprobs or 0
-                known.append(read_logprob(values, sequence.tokens[position + 1], alternatives))
-                if math.isnan(known[-1].logprob):
+                found = read_logprob(values, sequence.tokens[position + 1], alternatives)
+                known.append(found)
+                if math.isnan(found.logprob):
                     generations[sequence.number].error = fail_unordered(generations[sequence.number])
 
 

@@ -76,6 +76,10 @@ class AttentionSpec:
 
 
 UNIT = 32
+# Products of 8-bit codes and a row of 16-bit integers fit 32 bits up to this head size (csrc/sealed_integers.h).
+LARGEST_HEAD = 512
+# Tokens whose sealed units attention holds at once (SPAN_TOKENS in csrc/attention_span.h).
+LARGEST_SEALED_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +88,15 @@ class SealedForm:
 
     Keys share a scale (half precision) and a middle (8 bits) by channel over 32 tokens, values by token over 32
     channels. A block is [kv heads, bytes of a head], a head's units of 32 tokens one after the other; `kernels.units`
-    takes one apart. Head and block size are multiples of 32.
+    takes one apart. Head and block size are multiples of 32. Raises ValueError for other bits.
     """
 
     key_bits: int
     value_bits: int
+
+    def __post_init__(self) -> None:
+        if not {self.key_bits, self.value_bits} <= {2, 4, 8}:
+            raise ValueError(f"codes have 2, 4 or 8 bits, not {self.key_bits} and {self.value_bits}")
 
     def count_head_bytes(self, head_size: int, block_size: int) -> int:
         """Bytes of one kv head of one block."""
@@ -184,8 +192,8 @@ class Kernels(Protocol):
         ...
 
     def find_largest(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """int64 [T]: where each row of `linear(x, weight, float32)` is largest, the first of equal places. The product
-        itself need not be written anywhere. For weights without an activation."""
+        """int64 [T]: where each row of `linear(x, weight, float32)` is largest, the first of equal places; -1 for a row
+        with what is no number. The product itself need not be written anywhere. For weights without an activation."""
         ...
 
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
@@ -271,3 +279,10 @@ class Kernels(Protocol):
         cache's dtype, which is that of the queries; products of either with scales of sealed blocks are rounded too, in
         bfloat16 to no less than 8 bits beside a number of a row and unit."""
         ...
+
+
+def find_largest_of(rows: Tensor) -> Tensor:
+    """Where each of rows [T, n] is largest, the first of equal places: int64 [T], -1 where something is no number."""
+    # To torch NaN is above all numbers.
+    values, places = rows.max(-1)
+    return places.masked_fill(values.isnan(), -1)

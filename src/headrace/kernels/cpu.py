@@ -1,6 +1,6 @@
 """The kernels in C++, in float32, bfloat16 and integers of 8 or 4 bits, on any processor.
 
-This module checks shapes and hands addresses over; csrc/ holds the arithmetic and its pool of threads.
+This module checks shapes (checks.py) and hands addresses over; csrc/ holds the arithmetic and its pool of threads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,21 @@ from torch.nn import functional
 import headrace.kernels._cpu as _cpu
 from headrace.core import InputError
 from headrace.kernels.base import AttentionSpec, HeadSpec, LayerCache, RaggedBatch
+from headrace.kernels.checks import (
+    FLOATS,
+    check_alike,
+    check_heads,
+    check_moving,
+    check_norm,
+    check_product,
+    check_queries,
+    check_sealing,
+    check_shadow,
+    check_table,
+    check_tensor,
+    check_unpacking,
+    check_unpacking_by,
+)
 from headrace.kernels.matrix import Matrix, PackedWeight
 from headrace.kernels.panels import TYPES, PanelWeight, address, pack_panels
 from headrace.kernels.shadows import ShadowRows
@@ -63,7 +78,7 @@ class CpuKernels:
 
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(weight, PanelWeight)
-        check_product(x, weight)
+        check_product(x, weight, dtype)
         if weight.dtype == torch.bfloat16 and weight.in_features % 2:
             x = functional.pad(x, (0, 1))
         x = x.contiguous()
@@ -74,6 +89,8 @@ class CpuKernels:
     def find_largest(self, x: Tensor, weight: PackedWeight) -> Tensor:
         assert isinstance(weight, PanelWeight)
         check_product(x, weight)
+        if weight.gated:
+            raise ValueError("the largest of a product with an activation is not to be had")
         if weight.dtype == torch.bfloat16 and weight.in_features % 2:
             x = functional.pad(x, (0, 1))
         x, y = x.contiguous(), torch.empty(x.shape[0], dtype=torch.int64)
@@ -83,6 +100,7 @@ class CpuKernels:
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
         assert isinstance(weight, PanelWeight)
         check_product(residual, weight)
+        check_norm(residual, norm)
         check_alike(x, residual)
         if weight.dtype == torch.bfloat16 and weight.in_features % 2:
             normed = self.rms_norm(residual, norm, eps) if x is None else self.add_rms_norm(x, residual, norm, eps)
@@ -94,6 +112,7 @@ class CpuKernels:
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        check_norm(x, weight)
         x = x.contiguous()
         y = torch.empty_like(x)
         rows, size = x.shape
@@ -101,6 +120,7 @@ class CpuKernels:
         return y
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        check_norm(x, weight)
         check_alike(x, residual)
         y = torch.empty_like(x)
         (rows, size), kind = x.shape, TYPES[x.dtype]
@@ -118,9 +138,8 @@ class CpuKernels:
         slots: Tensor,
     ) -> None:
         described = describe_cache(cache)
+        check_heads(fused, spec, rotation, cache, slots)
         tokens, every, _ = fused.shape
-        if not fused.is_contiguous():
-            raise ValueError(f"queries, keys and values {list(fused.shape)} must be contiguous")
         heads = (
             fused.data_ptr(),
             tokens,
@@ -134,9 +153,12 @@ class CpuKernels:
 
     def seal(self, cache: LayerCache, exact: Tensor, sealed: Tensor) -> None:
         described = describe_cache(cache), describe_sealed(cache)
+        check_tensor("exact blocks", exact, torch.int32, (len(exact),))
+        check_tensor("sealed blocks", sealed, torch.int32, (len(exact),))
         self.table.seal(TYPES[cache.keys.dtype], *described, exact.data_ptr(), sealed.data_ptr(), exact.shape[0])
 
     def move_tokens(self, cache: LayerCache, blocks: Tensor, slots: Tensor, into: int) -> None:
+        check_moving(cache, blocks, slots, into)
         blocks, slots, described = blocks.int().contiguous(), slots.contiguous(), describe_cache(cache)
         moved = blocks.data_ptr(), slots.data_ptr(), slots.shape[1], into
         self.table.move_tokens(TYPES[cache.keys.dtype], described, *moved)
@@ -162,7 +184,9 @@ class CpuKernels:
         self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec, share: float = 0.0
     ) -> None:
         assert cache.mass is not None and batch.observed is not None
-        described, ragged = describe_cache(cache), describe_batch(batch, cache.group)
+        described, ragged = describe_cache(cache), describe_batch(batch, cache.group, cache.keys.shape[1])
+        check_queries(queries, cache, len(batch.positions))
+        check_tensor("observed", batch.observed, torch.int32, (ragged[0],))
         numbers, rows = (spec.scale, 0, spec.soft_cap or 0.0), describe_rows(queries)
         counted = cache.mass.data_ptr(), batch.observed.data_ptr(), share
         self.table.observe(TYPES[queries.dtype], rows, described, ragged, numbers, *counted)
@@ -176,19 +200,24 @@ class CpuKernels:
         rope: tuple[Tensor, Tensor],
         scale: float,
     ) -> None:
+        check_queries(queries, cache, 1)
+        check_shadow(shadow, cache, into, rope)
         numbers = shadow.rows.blocks.data_ptr(), shadow.chunks, shadow.count, shadow.rank, address(shadow.values)
         wanted = into.data_ptr(), rope[0].data_ptr(), rope[1].data_ptr(), scale
         self.table.recall(TYPES[queries.dtype], describe_rows(queries), describe_cache(cache), (*numbers, *wanted))
 
     def attention(self, queries: Tensor, cache: LayerCache, batch: RaggedBatch, spec: AttentionSpec) -> Tensor:
         y = torch.empty(queries.shape, dtype=queries.dtype)
-        ragged = describe_batch(batch, cache.group)
+        described = describe_cache(cache)
+        check_queries(queries, cache, len(batch.positions))
+        ragged = describe_batch(batch, cache.group, described[4])
         sealed = NOTHING_SEALED
         if cache.sealed is not None and not batch.read_exactly:
-            sealed = describe_sealed(cache, batch.block_tables[cache.sealed_group])
+            check_table(table := batch.block_tables[cache.sealed_group], ragged[0], 0)
+            sealed = describe_sealed(cache, table)
         numbers = (spec.scale, spec.window or 0, spec.soft_cap or 0.0)
-        rows, described = describe_rows(queries), describe_cache(cache)
-        self.table.attention(TYPES[queries.dtype], rows, described, sealed, ragged, numbers, y.data_ptr())
+        kind, rows = TYPES[queries.dtype], describe_rows(queries)
+        self.table.attention(kind, rows, described, sealed, ragged, numbers, y.data_ptr())
         return y
 
     def multiply_registers(self, dtype: torch.dtype, rounds: int) -> int:
@@ -201,44 +230,6 @@ class CpuKernels:
         return data.nbytes
 
 
-def check_product(x: Tensor, weight: PanelWeight) -> None:
-    """Raises ValueError for rows that a weight cannot be multiplied with."""
-    if x.shape[1] != weight.in_features or weight.dtype not in (x.dtype, torch.int8, torch.uint8):
-        expected = f"a {weight.dtype} product over {weight.in_features} features"
-        raise ValueError(f"{expected} cannot take {x.dtype} {list(x.shape)}")
-
-
-def check_alike(x: Tensor | None, residual: Tensor) -> None:
-    """Raises ValueError for rows that cannot be added to a residual."""
-    if not residual.is_contiguous() or (
-        x is not None and (x.shape != residual.shape or x.dtype != residual.dtype or not x.is_contiguous())
-    ):
-        shape = None if x is None else list(x.shape)
-        raise ValueError(f"x {shape} and residual {list(residual.shape)} must be alike and contiguous")
-
-
-def check_unpacking(form: VectorForm, plane: Tensor, blocks: Tensor, into: Tensor) -> None:
-    """Raises ValueError for blocks that cannot be unpacked there."""
-    if len(blocks) != len(into) or into.shape[1:].numel() != form.tokens * form.width or not into.is_contiguous():
-        raise ValueError(f"{len(blocks)} blocks of {form} do not unpack into {list(into.shape)}, contiguous")
-    if form.nbytes > plane.shape[1] or plane.stride(1) != 1 or blocks.dtype != torch.int64:
-        raise ValueError(f"{form} takes {form.nbytes} bytes of a plane {list(plane.shape)}, and blocks of int64")
-    if form.bits <= 8 and (form.tokens % 16 or form.group % 16):
-        raise ValueError(f"{form}: tokens and elements that share a scale must be multiples of 16")
-
-
-def check_unpacking_by(form: VectorForm, blocks: Tensor, factors: Tensor | None, order: Tensor | None) -> None:
-    """Raises ValueError for factors or an order that blocks cannot be unpacked by."""
-    if factors is not None and (
-        factors.shape != (len(blocks), form.tokens) or factors.dtype != torch.float32 or not factors.is_contiguous()
-    ):
-        raise ValueError(f"factors {list(factors.shape)} must be [{len(blocks)}, {form.tokens}], float32, contiguous")
-    if order is not None and (
-        not form.by_channel or order.shape != (form.width,) or order.dtype != torch.int64 or not order.is_contiguous()
-    ):
-        raise ValueError(f"an order must be int64 [{form.width}], contiguous, and of vectors by channel")
-
-
 def describe_rows(x: Tensor) -> tuple[int, int, int, int, int]:
     """Address, tokens, stride between tokens, heads and head size of x [T, h, D], whose tokens are contiguous."""
     tokens, heads, size = x.shape
@@ -247,12 +238,17 @@ def describe_rows(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), tokens, x.stride(0), heads, size
 
 
-def describe_batch(batch: RaggedBatch, group: int) -> tuple[int, int, int, int, int, int, int]:
+def describe_batch(batch: RaggedBatch, group: int, kv_heads: int) -> tuple[int, int, int, int, int, int, int]:
     """Sequences, addresses of their starts and positions, the group's table, its strides, and where sequences begin."""
-    table = batch.block_tables[group]
+    table, sequences = batch.block_tables[group], batch.context_lengths.shape[0]
+    check_table(table, sequences, kv_heads)
+    check_tensor("query_starts", batch.query_starts, torch.int32, (sequences + 1,))
+    check_tensor("positions", batch.positions, torch.int32, (len(batch.positions),))
+    if batch.begins is not None:
+        check_tensor("begins", batch.begins, torch.int32, (sequences,))
     strides = table.stride(0), table.stride(1) if table.dim() == 3 else 0
     starts, positions = batch.query_starts.data_ptr(), batch.positions.data_ptr()
-    return batch.context_lengths.shape[0], starts, positions, table.data_ptr(), *strides, address(batch.begins)
+    return sequences, starts, positions, table.data_ptr(), *strides, address(batch.begins)
 
 
 def describe_cache(cache: LayerCache) -> tuple[int, int, int, int, int, int, int]:
@@ -261,19 +257,33 @@ def describe_cache(cache: LayerCache) -> tuple[int, int, int, int, int, int, int
     Raises ValueError for an odd block size and for blocks that are not as `LayerCache` says.
     """
     keys, values = cache.keys, cache.values
-    _, kv_heads, lanes, block_size, pair = keys.shape
+    blocks, kv_heads, lanes, block_size, pair = keys.shape
     if block_size % 16:
         raise ValueError(f"the block size must be a multiple of 16, got {block_size}")
-    if pair * keys.itemsize != 4:
+    if keys.dtype not in FLOATS or pair * keys.itemsize != 4:
         raise ValueError(f"a cache of {keys.dtype} must hold {4 // keys.itemsize} in a lane, got {pair}")
-    stride = keys.stride(0)
-    if stride != values.stride(0) or keys.stride()[1:] != (lanes * block_size * pair, block_size * pair, pair, 1):
+    head = lanes * pair
+    if values.dtype != keys.dtype or values.shape != (blocks, kv_heads, block_size // pair, head, pair):
+        raise ValueError(f"values {values.dtype} {list(values.shape)} are not those of keys {list(keys.shape)}")
+    # What torch says of the way from an only block to the next means nothing.
+    stride, (apart, *within) = keys.stride(0), values.stride()
+    if (blocks > 1 and stride != apart) or within != [block_size * head, head * pair, pair, 1]:
+        raise ValueError(f"a block's values must be contiguous, and as far apart as keys; strides {values.stride()}")
+    if keys.stride()[1:] != (head * block_size, block_size * pair, pair, 1):
         raise ValueError(f"a block's keys must be contiguous, and blocks equally far apart; strides {keys.stride()}")
     for plane in (cache.bias, cache.mass):
-        if plane is not None and (plane.stride(0) * 4, plane.stride(1)) != (stride * keys.itemsize, block_size):
-            raise ValueError(f"bias and mass must lie in their block, contiguous; strides {plane.stride()}")
+        if plane is not None:
+            check_plane(plane, (blocks, kv_heads, block_size), stride * keys.itemsize)
     addresses = keys.data_ptr(), values.data_ptr(), address(cache.bias)
-    return *addresses, stride * keys.itemsize, kv_heads, values.shape[3], block_size
+    return *addresses, stride * keys.itemsize, kv_heads, head, block_size
+
+
+def check_plane(plane: Tensor, shape: tuple[int, int, int], stride: int) -> None:
+    """Raises ValueError for a bias or mass that is not of this shape, in blocks `stride` bytes apart."""
+    if plane.dtype != torch.float32 or plane.shape != shape or plane.stride()[1:] != (shape[2], 1):
+        raise ValueError(f"bias and mass must be float32 {list(shape)}, not {plane.dtype} {list(plane.shape)}")
+    if shape[0] > 1 and plane.stride(0) * 4 != stride:
+        raise ValueError(f"bias and mass must lie in their block, contiguous; strides {plane.stride()}")
 
 
 def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int, int, int, int, int, int, int, int]:
@@ -284,9 +294,7 @@ def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int
     """
     if cache.sealed is None or cache.form is None:
         raise ValueError("this layer's cache has no sealed blocks")
-    expected = cache.form.count_head_bytes(cache.values.shape[3], cache.keys.shape[3])
-    if cache.sealed.shape[2] != expected or cache.sealed.stride()[1:] != (expected, 1):
-        raise ValueError(f"sealed blocks {list(cache.sealed.shape)} need {expected} bytes a head, contiguous")
+    check_sealing(cache.form, cache)
     bits = cache.form.key_bits, cache.form.value_bits
     width = 0 if table is None else table.shape[1]
     return cache.sealed.data_ptr(), cache.sealed.stride(0), *bits, cache.residual, cache.first, address(table), width

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.kernels.base import UNIT, AttentionSpec, HeadSpec, LayerCache, RaggedBatch
+from headrace.kernels.base import UNIT, AttentionSpec, HeadSpec, LayerCache, RaggedBatch, find_largest_of
 from headrace.kernels.integers import dequantize, round_activations
 from headrace.kernels.matrix import Activation, Matrix, PackedWeight
 from headrace.kernels.shadows import CHUNK, ShadowRows, choose_chunks
@@ -85,7 +85,7 @@ class ReferenceKernels:
         return y.to(dtype or x.dtype)
 
     def find_largest(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        return self.linear(x, weight, torch.float32).argmax(-1)
+        return find_largest_of(self.linear(x, weight, torch.float32))
 
     def norm_linear(self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float, weight: PackedWeight) -> Tensor:
         assert isinstance(weight, PlainWeight)

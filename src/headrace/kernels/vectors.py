@@ -48,6 +48,10 @@ class VectorForm:
     exponents: bool = False
     by_channel: bool = False
 
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4, 8, 16, 32):
+            raise ValueError(f"elements have 2, 4, 8, 16 or 32 bits, not {self.bits}")
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """What there is of a block, one after the other: elements by row, then scales likewise, then middles."""

@@ -125,8 +125,8 @@ class Model:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def find_likeliest(self, hidden: Tensor) -> Tensor:
-        """The token of the largest logit, int64 [R], of hidden states [R, hidden]; -1 where a logit is no number. Logits
-        are not kept."""
+        """The token of the largest logit, int64 [R], of hidden states [R, hidden]; -1 where a logit is no number.
+        Logits are not kept."""
         if self.config.logit_soft_cap is not None:
             # Far out the cap makes different logits equal.
             return find_largest_of(self.logits(hidden))

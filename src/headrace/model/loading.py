@@ -20,7 +20,7 @@ from headrace.model.decoder import Layer, Model
 from headrace.model.rope import rope_frequencies, stretched_context
 from headrace.options import PrecisionName
 from headrace.quant import FORMATS, Linear
-from headrace.quant.packed import PackedFile
+from headrace.quant.packed import DamagedError, PackedFile
 
 # Every other module beside these is a family, named by its config's model_type, with a function read_config.
 SHARED = {"config", "decoder", "loading", "rope"}
@@ -71,15 +71,11 @@ def load_model(weights: Weights, kernels: Kernels, settings: ModelSettings) -> M
     """
     config = limit_context(read_config(weights.config), settings.max_context)
     loader = _Loader(weights, config, kernels, settings)
-    embedding = loader.table("model.embed_tokens", (config.vocab_size, config.hidden_size))
-    model = Model(
-        config,
-        kernels,
-        embedding,
-        [loader.layer(index) for index in range(config.layers)],
-        loader.norm("model.norm", config.hidden_size),
-        loader.head(embedding),
-    )
+    try:
+        model = loader.load()
+    except DamagedError as error:
+        loader.packed.discard(error)
+        model = loader.load()
     loader.finish()
     model.note = loader.packed.note
     return model
@@ -122,6 +118,14 @@ class _Loader:
         note = settings.rounding.note if settings.rounding else ""
         self.packed = PackedFile(settings.packed_path, note, settings.outdated)
 
+    def load(self) -> Model:
+        """The model. Raises DamagedError where what was packed before is not what its configuration needs."""
+        config = self.config
+        embedding = self.table("model.embed_tokens", (config.vocab_size, config.hidden_size))
+        layers = [self.layer(index) for index in range(config.layers)]
+        norm = self.norm("model.norm", config.hidden_size)
+        return Model(config, self.kernels, embedding, layers, norm, self.head(embedding))
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of this shape. Raises ModelError naming what is missing or how its shape differs."""
         if name not in self.names:
@@ -151,11 +155,15 @@ class _Loader:
 
     def table(self, name: str, shape: tuple[int, int]) -> Tensor:
         """The embedding, in the dtype of the activations."""
-        return self._remember(name, lambda: self.read(f"{name}.weight", shape).to(self.format.dtype))
+        dtype = self.format.dtype
+        return self._remember(name, shape, dtype, lambda: self.read(f"{name}.weight", shape).to(dtype))
 
     def norm(self, name: str, size: int) -> Tensor:
         """A norm's weight as it acts, float32 [size]."""
-        return self._remember(name, lambda: self.read(f"{name}.weight", (size,)).float() + self.config.norm_offset)
+        offset = self.config.norm_offset
+        return self._remember(
+            name, (size,), torch.float32, lambda: self.read(f"{name}.weight", (size,)).float() + offset
+        )
 
     def optional_norm(self, name: str, size: int, wanted: bool) -> Tensor | None:
         return self.norm(name, size) if wanted else None
@@ -169,7 +177,7 @@ class _Loader:
         activation: Activation | None = None,
     ) -> Linear:
         """Several weights [rows, columns] on top of each other as one product."""
-        known = self._reload(names[0])
+        known = self._reload(names[0], sum(rows), columns, bias, activation)
         if known is not None:
             return known
         sizes = list(zip(names, rows, strict=True))
@@ -183,11 +191,11 @@ class _Loader:
 
     def head(self, embedding: Tensor) -> Linear:
         """The product that gives logits: of the embedding itself where the model ties them."""
-        known = self._reload("lm_head")
-        if known is not None:
-            return known
         config = self.config
         shape = config.vocab_size, config.hidden_size
+        known = self._reload("lm_head", *shape)
+        if known is not None:
+            return known
         weight = embedding if self._is_tied() else self.read("lm_head.weight", shape).to(self.device)
         return self._pack("lm_head", [self.format.head.store(weight)], None, None)
 
@@ -214,20 +222,35 @@ class _Loader:
         self.packed.keep(name, *self.kernels.unload(linear.weight))
         return linear
 
-    def _reload(self, name: str) -> Linear | None:
-        """A product from the packed file, or None."""
+    def _reload(
+        self, name: str, rows: int, columns: int, bias: bool = False, activation: Activation | None = None
+    ) -> Linear | None:
+        """A product of a weight [rows, columns] from the packed file, or None. Raises DamagedError for another."""
         known = self.packed.take(name)
         if known is None:
             return None
-        return Linear(self.kernels, name, self.kernels.reload(*known), self.format.arithmetic)
+        try:
+            weight = self.kernels.reload(*known)
+        except (KeyError, IndexError, ValueError) as error:
+            raise DamagedError(f"{name}: {error}") from error
+        found = weight.rows, weight.in_features, "bias" in known[0], weight.rows != weight.out_features
+        expected = rows, columns, bias, activation is not None
+        if found != expected:
+            raise DamagedError(f"{name} has outputs, inputs, bias and gates of {found}; its config needs {expected}")
+        return Linear(self.kernels, name, weight, self.format.arithmetic)
 
-    def _remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor from the packed file, or made and kept for it."""
+    def _remember(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor from the packed file, or made and kept for it. Raises DamagedError for one of another shape."""
         known = self.packed.take(name)
-        tensor = make().contiguous() if known is None else known[0]["tensor"]
         if known is None:
+            tensor = make().contiguous()
             self.packed.keep(name, {"tensor": tensor})
-        return tensor.to(self.device)
+            return tensor.to(self.device)
+        found = known[0].get("tensor")
+        if found is None or found.dtype != dtype or found.shape != shape:
+            kind = None if found is None else (found.dtype, list(found.shape))
+            raise DamagedError(f"{name} is {kind}; its config needs {dtype} {list(shape)}")
+        return found.to(self.device)
 
     def layer(self, index: int) -> Layer:
         config, prefix = self.config, f"model.layers.{index}"

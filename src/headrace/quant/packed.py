@@ -1,7 +1,8 @@
 """Packed weights on disk: a second start maps them into memory and neither reads, converts nor packs the checkpoint.
 
 One safetensors file for a model, a number format and a form of packing. It is written whole or not at all, and anything
-that cannot be read is made anew.
+that cannot be read, or is not what it should be, is made anew. Shapes and types are looked at, numbers are not: a hash
+of all of them would read the whole file at each start, a second for each gigabyte, where mapping it takes none.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ def remove_files(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
+class DamagedError(ValueError):
+    """A part of a packed file is not what it should be. Says which, and how."""
+
+
 class PackedFile:
     """Parts (tensors by name, and whole numbers) by the name of what they are parts of. `path` None keeps nothing.
 
@@ -67,8 +72,16 @@ class PackedFile:
         return bool(self._found)
 
     def take(self, name: str) -> tuple[Parts, Numbers] | None:
-        """What was kept under this name, mapped from the file, or None."""
+        """What was kept under this name, mapped from the file, or None where there is no file to read. Raises
+        DamagedError where the file lacks it."""
+        if self.complete and name not in self._found:
+            raise DamagedError(f"it lacks {name}")
         return self._found.get(name)
+
+    def discard(self, error: DamagedError) -> None:
+        """Forget the file that was found: from now on all is made anew, and `write` replaces it."""
+        log.warning("%s is damaged and is made anew: %s", self.path, error)
+        self._found, self.note = {}, ""
 
     def keep(self, name: str, parts: Mapping[str, Tensor], numbers: Numbers = ()) -> None:
         """Note what `write` will write. The tensors must not change until then."""
@@ -112,5 +125,5 @@ class PackedFile:
             self.note = facts.pop(NOTE, "")
             numbers = {name: tuple(json.loads(each)) for name, each in facts.items()}
             self._found = {name: (parts, numbers[name]) for name, parts in names.items()}
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be read and is made anew: %s", path, error)

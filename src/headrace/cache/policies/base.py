@@ -22,7 +22,8 @@ Plane = Literal["bias", "mass"]
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What of a model decides how large its keys and values are. windows: by layer, None where it sees all tokens.
+    """What of a model decides how large its keys and values are. windows: by layer, None where it sees all tokens;
+    soft_cap: of scores, as in `AttentionSpec`.
 
     measure_keys gives the L2 norms of the key weights' rows, float32 [layers, kv heads, D]; None before any weight is
     read.
@@ -33,6 +34,7 @@ class KVShape:
     head_size: int
     dtype: torch.dtype
     measure_keys: Callable[[], Tensor] | None = field(default=None, compare=False)
+    soft_cap: float | None = None
 
     def count_layer_bytes(self, block_size: int, planes: int = 0) -> int:
         """Bytes of one layer's exact keys and values in one block, and of so many planes."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.cache.policies.base import LayerStep, Plane
+from headrace.cache.layout import CacheLayout
+from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_choice, check_number
 from headrace.cache.policies.shrinking import Context, Shrinking, choose_highest, join_heads
 from headrace.core import InputError
@@ -57,6 +58,14 @@ class KVMerger(Shrinking):
         self.sigma = sigma
         self.recent = recent
         self.heavy = heavy
+
+    def arrange(self, shape: KVShape, block_size: int) -> CacheLayout:
+        if "bias" in self.planes and shape.soft_cap is not None:
+            raise InputError(
+                "this model caps attention scores (attn_logit_softcapping): what kv kvmerger adds to the scores of "
+                "merged tokens would be capped with them and count for less; use another kv"
+            )
+        return super().arrange(shape, block_size)
 
     def keep_tokens(self, step: LayerStep, context: Context, blocks: Tensor, dropped: int) -> None:
         cache, size = step.cache, step.cache.keys.shape[3]

@@ -23,10 +23,10 @@ from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.pairs import PairForm
 from headrace.cache.policies.parameters import check_choice, check_number
 from headrace.cache.policies.restoring import Restorer, read_tokens
-from headrace.cache.policies.sealing import seal_filled
+from headrace.cache.policies.sealing import check_sealable, seal_filled
 from headrace.cache.policies.slerp import Merged, choose_distant, choose_near, merge
 from headrace.core import InputError
-from headrace.kernels.base import UNIT, LayerCache, RaggedBatch, SealedForm
+from headrace.kernels.base import LayerCache, RaggedBatch, SealedForm
 
 Retention = Literal["topk", "range"]
 # The shallower layer and the deeper one.
@@ -94,9 +94,7 @@ class MiniCache:
             )
         sealed = dict.fromkeys(self._peers, self._form(block_size, heads * size, shape.dtype).nbytes)
         if form is not None:
-            if block_size % UNIT or size % UNIT:
-                wrong = f"block_size {block_size}" if block_size % UNIT else f"head size {size}"
-                raise InputError(f"{wrong} cannot be sealed: it must be a multiple of {UNIT}")
+            check_sealable(shape, block_size)
             whole = [layer for layer, window in enumerate(shape.windows) if window is None]
             sealed = dict.fromkeys(whole, heads * form.count_head_bytes(size, block_size)) | sealed
         return arrange_layers(shape, block_size, sealed, self.residual, self.residual if self._peers else None)

@@ -8,14 +8,12 @@ from itertools import product
 from headrace.cache.layout import CacheGroup, CacheLayout
 from headrace.cache.policies.base import KVShape, LayerStep
 from headrace.core import InputError
-from headrace.kernels.base import UNIT
+from headrace.kernels.base import LARGEST_HEAD, LARGEST_SEALED_BLOCK, UNIT
 
 # The text for which the groups are made to waste the least.
 TYPICAL_TOKENS = 1024
 # So much more memory than the least is worth having fewer groups to look after.
 SPARED = 1.05
-# Products of 8-bit codes and a row of 16-bit integers fit 32 bits up to this head size (csrc/sealed_integers.h).
-LARGEST_HEAD = 512
 
 
 def arrange_sealed(shape: KVShape, block_size: int, sealed_bytes: int, exact: CacheGroup) -> CacheLayout:
@@ -26,11 +24,7 @@ def arrange_sealed(shape: KVShape, block_size: int, sealed_bytes: int, exact: Ca
     few groups, and a text of 1,024 tokens takes little more than the least memory. Raises InputError for shapes that
     cannot be sealed.
     """
-    if block_size % UNIT or shape.head_size % UNIT:
-        wrong = f"block_size {block_size}" if block_size % UNIT else f"head size {shape.head_size}"
-        raise InputError(f"{wrong} cannot be sealed: it must be a multiple of {UNIT}")
-    if shape.head_size > LARGEST_HEAD:
-        raise InputError(f"head size {shape.head_size} cannot be sealed: it must be at most {LARGEST_HEAD}")
+    check_sealable(shape, block_size)
     whole = [layer for layer, window in enumerate(shape.windows) if window is None]
     if not whole:
         raise InputError("every layer of this model has a sliding window: there is nothing to seal; use kv plain")
@@ -50,6 +44,18 @@ def arrange_sealed(shape: KVShape, block_size: int, sealed_bytes: int, exact: Ca
     enough = min(count_bytes(layout, TYPICAL_TOKENS) for layout in choices) * SPARED
     fitting = [layout for layout in choices if count_bytes(layout, TYPICAL_TOKENS) <= enough]
     return min(fitting, key=lambda layout: (len(layout.groups), count_bytes(layout, TYPICAL_TOKENS)))
+
+
+def check_sealable(shape: KVShape, block_size: int) -> None:
+    """Raises InputError for blocks that cannot be sealed."""
+    for name, size, most in (
+        ("block_size", block_size, LARGEST_SEALED_BLOCK),
+        ("head size", shape.head_size, LARGEST_HEAD),
+    ):
+        if size % UNIT:
+            raise InputError(f"{name} {size} cannot be sealed: it must be a multiple of {UNIT}")
+        if size > most:
+            raise InputError(f"{name} {size} cannot be sealed: it must be at most {most}")
 
 
 def cut(layers: list[int], size: int) -> list[tuple[int, ...]]:

@@ -55,7 +55,7 @@ class LocalModel:
         self.cut = False
 
     def stream(self, messages: Sequence[Message], params: SamplingParams) -> Iterator[str]:
-        from headrace.cli.endings import EndingReader
+        from headrace.engine.deltas import DeltaReader
         from headrace.engine.stream import speak
 
         plain = [msgspec.structs.asdict(message) for message in messages]
@@ -66,7 +66,7 @@ class LocalModel:
         room = min(params.max_tokens, context // 4) if len(messages) > 2 else 1
         if length + room > context:
             raise TooLong(f"the message makes a prompt of {length} tokens; the context holds {context}")
-        engine, reader = self.llm.engine, EndingReader(tokenizer, params)
+        engine, reader = self.llm.engine, DeltaReader(tokenizer, params)
         before = engine.counters.output_tokens
         try:
             with soft_interrupt() as asked:

@@ -21,7 +21,10 @@ class Delta:
 
 
 class DeltaReader:
-    """Reads one continuation again and again while it grows: the texts of all deltas joined are its final text."""
+    """Reads one continuation again and again while it grows: the texts of all deltas joined are its final text.
+
+    `finish_reason` is None until it has ended.
+    """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self._stops = [StopBeginning(stop) for stop in params.stop]
@@ -29,19 +32,19 @@ class DeltaReader:
         self._stream = tokenizer.open_stream(params.skip_special_tokens)
         self._tokens = 0
         self._characters = 0
-        self._ended = False
+        self.finish_reason: FinishReason | None = None
 
     def read(self, output: CompletionOutput) -> Delta | None:
         """What is new since the last call; None if nothing is, or all has been said."""
         new = output.token_ids[self._tokens :]
         ended = output.finish_reason is not None
-        if self._ended or not (new or ended):
+        if self.finish_reason is not None or not (new or ended):
             return None
         text = self._read_text(output, new)
         logprobs = None if output.logprobs is None else output.logprobs[self._tokens :]
         self._tokens += len(new)
         self._characters += len(text)
-        self._ended = ended
+        self.finish_reason = output.finish_reason
         return Delta(output.index, text, new, logprobs, output.finish_reason)
 
     def _read_text(self, output: CompletionOutput, new: list[int]) -> str:

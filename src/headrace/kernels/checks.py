@@ -92,6 +92,14 @@ def check_table(table: Tensor, sequences: int, kv_heads: int) -> None:
         raise ValueError(f"a table {table.dtype} {list(shape)} is not one of int32 for {sequences} sequences")
 
 
+def check_plane(plane: Tensor, shape: tuple[int, int, int], stride: int) -> None:
+    """For a bias or mass that is not of this shape, in blocks `stride` bytes apart."""
+    if plane.dtype != torch.float32 or plane.shape != shape or plane.stride()[1:] != (shape[2], 1):
+        raise ValueError(f"bias and mass must be float32 {list(shape)}, not {plane.dtype} {list(plane.shape)}")
+    if shape[0] > 1 and plane.stride(0) * 4 != stride:
+        raise ValueError(f"bias and mass must lie in their block, contiguous; strides {plane.stride()}")
+
+
 def check_sealing(form: SealedForm, cache: LayerCache) -> None:
     """For a cache whose blocks cannot lie sealed in this form."""
     size, head = cache.keys.shape[3], cache.values.shape[3]

@@ -20,6 +20,7 @@ from headrace.kernels.checks import (
     check_heads,
     check_moving,
     check_norm,
+    check_plane,
     check_product,
     check_queries,
     check_sealing,
@@ -276,14 +277,6 @@ def describe_cache(cache: LayerCache) -> tuple[int, int, int, int, int, int, int
             check_plane(plane, (blocks, kv_heads, block_size), stride * keys.itemsize)
     addresses = keys.data_ptr(), values.data_ptr(), address(cache.bias)
     return *addresses, stride * keys.itemsize, kv_heads, head, block_size
-
-
-def check_plane(plane: Tensor, shape: tuple[int, int, int], stride: int) -> None:
-    """Raises ValueError for a bias or mass that is not of this shape, in blocks `stride` bytes apart."""
-    if plane.dtype != torch.float32 or plane.shape != shape or plane.stride()[1:] != (shape[2], 1):
-        raise ValueError(f"bias and mass must be float32 {list(shape)}, not {plane.dtype} {list(plane.shape)}")
-    if shape[0] > 1 and plane.stride(0) * 4 != stride:
-        raise ValueError(f"bias and mass must lie in their block, contiguous; strides {plane.stride()}")
 
 
 def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int, int, int, int, int, int, int, int]:

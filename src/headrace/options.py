@@ -125,6 +125,10 @@ class EngineOptions(Options):
         "How much KV memory a new row must find: what outputs so far let expect, what rows hold now, or the most that "
         "they can ask for.",
     )
+    plan_ahead: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Plan the next step while one is computed: auto where a processor core is left for that. Results are the same.",
+    )
     max_context: int | None = setting(
         None, "Most tokens of a prompt and its output; the model's own limit if not given.", low=2
     )

@@ -64,10 +64,12 @@ class Keeps:
         for block in keep.blocks if keep is not None else ():
             self.pool.let_go(block)
 
-    def expire(self, now: float) -> None:
-        """Let go of what was to be kept until now or before."""
-        for program in [program for program, keep in self._keeps.items() if keep.until <= now]:
+    def expire(self, now: float) -> int:
+        """Let go of what was to be kept until now or before; for how many programs."""
+        expired = [program for program, keep in self._keeps.items() if keep.until <= now]
+        for program in expired:
             self.drop(program)
+        return len(expired)
 
     def give_way(self) -> None:
         """End keeps until a block is evictable or nothing is kept."""

@@ -53,7 +53,7 @@ class KVLedger:
         self.holdings: dict[int, Holding] = {}
         self.shared = 0
         # Told the number of a sequence that has lost its blocks, by whoever keeps more of it elsewhere.
-        self.on_release: Callable[[int], None] = ignore
+        self.on_release: Callable[[int], None] = lambda number: None
         # The sum of the numbers of a block's holders: where one holder is left, it is that sequence's number.
         self._holders = [0] * num_blocks
 
@@ -170,7 +170,7 @@ class KVLedger:
                 self._drop(table[position], each.group, sequence.number)
                 table[position] = ABSENT
             slid[index] = max(slid[index], start)
-        self._trim()
+        self.trim(self.retain_blocks)
 
     def shrink(self, sequence: Sequence, blocks: int) -> None:
         """Take so many more of a sequence's first blocks away, but no window's: what stays has moved to the others."""
@@ -207,7 +207,7 @@ class KVLedger:
         if holding.promise is not None:
             self.tree.fulfil(holding.promise)
         self.tree.unpin(holding.node)
-        self._trim()
+        self.trim(self.retain_blocks)
         self.on_release(sequence.number)
 
     def keep(self, sequence: Sequence, until: float, program: Program | None = None) -> None:
@@ -222,14 +222,15 @@ class KVLedger:
         if blocks:
             self.keeps.add(program or program_of(sequence.request), Keep(until, blocks))
 
-    def expire(self, now: float) -> None:
-        """Let go of what was kept until now or before."""
-        self.keeps.expire(now)
-        self._trim()
+    def expire(self, now: float) -> bool:
+        """Let go of what was kept until now or before; whether there was any."""
+        expired = self.keeps.expire(now)
+        self.trim(self.retain_blocks)
+        return expired > 0
 
-    def _trim(self) -> None:
-        """Evict the least recently used evictable blocks down to `retain_blocks`: memory follows the work."""
-        while self.pool.evictable > self.retain_blocks:
+    def trim(self, most: int) -> None:
+        """Evict the least recently used evictable blocks until at most so many are left: memory follows the work."""
+        while self.pool.evictable > most:
             self._evict()
 
     def _evict(self) -> None:
@@ -294,7 +295,3 @@ class KVLedger:
             elif holders == 1:
                 self.holdings[self._holders[block]].private += 1
                 self.shared -= 1
-
-
-def ignore(number: int) -> None:
-    """Nothing is kept elsewhere."""

@@ -17,6 +17,7 @@ from headrace.engine.batch import build_batch
 from headrace.engine.choosing import choose_tokens, take
 from headrace.engine.generation import Generation
 from headrace.engine.outputs import CompletionOutput, RequestOutput
+from headrace.engine.planner import Planner
 from headrace.engine.reading import normalise, pool_prompts, score_prompts
 from headrace.engine.sampling import SampledToken
 from headrace.engine.structure import ConstraintCompiler
@@ -24,13 +25,11 @@ from headrace.meter.counters import Counters
 from headrace.meter.meter import Meter
 from headrace.meter.stopwatch import Stopwatch
 from headrace.model import Model
-from headrace.schedule.apply import abort, advance, apply, arrange, expire, finish
-from headrace.schedule.base import Schedule
+from headrace.schedule.apply import abort, apply, finish
 from headrace.schedule.fit import check_request
 from headrace.schedule.pieces import describe_pieces, wanted_rows
 from headrace.schedule.prefixes import pack
 from headrace.schedule.state import SchedulerState
-from headrace.schedule.step import plan_step
 
 
 class Engine:
@@ -42,12 +41,12 @@ class Engine:
         tokenizer: Tokenizer,
         cache: PagedCache,
         state: SchedulerState,
-        schedule: Schedule,
+        planner: Planner,
         seed: int = 0,
         meter: Meter | None = None,
     ) -> None:
         self.model = model
-        self.schedule = schedule
+        self.planner = planner
         self.seed = seed
         self.meter = meter or Meter(model.shape, None, Stopwatch())
         self.counters = Counters()
@@ -93,27 +92,26 @@ class Engine:
         for generation in generations:
             self._generations[generation.sequence.number] = generation
             self.state.add(generation.sequence)
+        self.planner.forget()
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Compute one batch of tokens; the requests that it finished."""
         began = time.perf_counter()
         with self.meter.watch.part("scheduling"):
-            expire(self.state, time.monotonic())
-            arrange(self.schedule, self.state)
-            plan = self._plan()
+            plan = self.planner.plan(self.state, self.cache.tier, self.meter.watch)
             if not plan.chunks:
                 return []
             apply(plan, self.state)
             scheduled = [(chunk, self.state.find(chunk.sequence)) for chunk in plan.chunks]
             batch = build_batch(scheduled, self.cache.layout, self.cache.device)
             pieces = describe_pieces(scheduled, self.cache.layout, self.state.ledger.pool.references)
-        with self.meter.watch.part("between kernels"):
-            hidden = self.model.forward(batch, self.cache)
-        with self.meter.watch.part("sampling"):
             self._count(plan, scheduled)
-            self._save(scheduled)
-            advance(plan, self.state)
+            with self.planner.advancing(plan, self.state, self.cache.tier):
+                with self.meter.watch.part("between kernels"):
+                    hidden = self.model.forward(batch, self.cache)
+                self._save(scheduled)
+        with self.meter.watch.part("sampling"):
             outputs = self._commit(scheduled, hidden)
         self.meter.count(pieces, began)
         return outputs
@@ -146,12 +144,14 @@ class Engine:
     def close(self) -> None:
         """Let go of files. Nothing can be computed after it."""
         self.meter.close()
+        self.planner.close()
         if self.cache.tier is not None:
             self.cache.tier.close()
 
     def _take(self, cache: PagedCache, state: SchedulerState) -> None:
         """Compute over this cache, and count by it."""
         self.cache, self.state = cache, state
+        self.planner.forget()
         self.counters.kv_bytes_per_token = round(cache.layout.bytes_per_token)
         self.counters.kv_budget_bytes = cache.num_blocks * cache.layout.block_bytes
         self.meter.shape = replace(self.model.shape, older_bytes=cache.layout.older_token_bytes)
@@ -168,7 +168,7 @@ class Engine:
                 raise RowError("token_range", f"{name} names token {outside[0]}; token ids are 0 to {vocabulary - 1}")
 
     def _count(self, plan: StepPlan, scheduled: Rows[tuple[Chunk, Sequence]]) -> None:
-        """Count a step that has been computed. A prompt token counts once, where it was first found or computed."""
+        """Count a step that is planned. A prompt token counts once, where it was first found or computed."""
         counters = self.counters
         counters.steps += 1
         counters.preemptions += len(plan.preempt)
@@ -183,24 +183,6 @@ class Engine:
             counters.computed_prompt_tokens += generation.reach(chunk.start, chunk.start + chunk.length)
         counters.kv_used_bytes = self.state.ledger.used_blocks * self.cache.layout.block_bytes
         counters.kv_peak_bytes = max(counters.kv_peak_bytes, counters.kv_used_bytes)
-
-    def _plan(self) -> StepPlan:
-        """The next step. Where those whom it admits have blocks on disk, these come back, and it is planned anew. The
-        disk reads meanwhile what those who come next will want."""
-        state, tier = self.state, self.cache.tier
-        plan = plan_step(state, state.limits)
-        room = 0 if tier is None else tier.room
-        while tier is not None and room > 0 and plan.admit:
-            with self.meter.watch.part("files"):
-                taken = tier.restore([state.find(each.sequence) for each in plan.admit], room)
-            if not taken:
-                break
-            room -= taken
-            plan = plan_step(state, state.limits)
-        if tier is not None:
-            with self.meter.watch.part("files"):
-                tier.prefetch(state.waiting)
-        return plan
 
     def _save(self, scheduled: Rows[tuple[Chunk, Sequence]]) -> None:
         """Copy the blocks that this step has filled to disk."""
@@ -247,6 +229,7 @@ class Engine:
         sequence = generation.sequence
         if sequence.number not in self._generations:
             return None
+        self.planner.forget()
         seconds = self.keep(sequence)
         finish(sequence, self.state, time.monotonic() + seconds if seconds > 0 else None)
         del self._generations[sequence.number]
@@ -257,6 +240,7 @@ class Engine:
 
     def _drop(self, generations: list[Generation]) -> None:
         """Take out those that still wait or run."""
+        self.planner.forget()
         left = [each for each in generations if self._generations.pop(each.sequence.number, None) is not None]
         for generation in left:
             generation.abort()

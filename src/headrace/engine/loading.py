@@ -20,6 +20,7 @@ from headrace.core import InputError
 from headrace.engine.caching import open_cache
 from headrace.engine.engine import Engine
 from headrace.engine.memory import give_back_memory
+from headrace.engine.planner import Planner
 from headrace.engine.precision import choose_precision
 from headrace.engine.tuned import apply_tuned
 from headrace.kernels import choose_kernels
@@ -116,6 +117,12 @@ def name_reason(asked: int | None, threads: int | None) -> str:
     return "asked for" if asked is not None else "all cores" if threads is None else "tuned"
 
 
+def plans_ahead(options: EngineOptions, threads: int) -> bool:
+    """Whether a step is planned while the one before is computed: where no thread of the kernels waits for that."""
+    spare = options.device != "cpu" or threads < count_cores()
+    return spare if options.plan_ahead == "auto" else options.plan_ahead == "on"
+
+
 def load_engine(options: EngineOptions) -> LoadedEngine:
     """Load the model and give it a KV cache within the budget.
 
@@ -142,7 +149,8 @@ def load_engine(options: EngineOptions) -> LoadedEngine:
     context = model.config.context_length
     tokenizer = checkpoint.tokenizer()
     meter = Meter(model.shape, load_peaks(resolved.machine, threads), watch)
-    engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule](), options.seed, meter)
+    planner = Planner(SCHEDULES[options.schedule](), plans_ahead(options, threads))
+    engine = Engine(model, tokenizer, cache, state, planner, options.seed, meter)
     if options.kv_dir is not None:
         cache.tier = open_tier(options, cache, state, identify(resolved, checkpoint, model.note, context))
         engine.counters.kv_store = cache.tier.store.counts

@@ -24,7 +24,7 @@ def answer(engine: Engine, supply: Iterator[Asked], lazy: bool) -> Iterator[Requ
     """Keep the engine supplied and yield its answers; whatever happens, leave it empty. lazy: supply no more than will
     run soon, instead of as much as is planned together."""
     asked: dict[str, Asked] = {}
-    window, held = Window(engine.state, engine.schedule, lazy), Held()
+    window, held = Window(engine.state, engine.planner.schedule, lazy), Held()
     more = True
     try:
         while more or engine.unfinished:

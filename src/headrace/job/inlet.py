@@ -38,7 +38,7 @@ class EngineInlet:
     def __init__(self, engine: Engine) -> None:
         self.context_length = engine.context_length
         self.watch = engine.meter.watch
-        self.window = Window(engine.state, engine.schedule)
+        self.window = Window(engine.state, engine.planner.schedule)
         self.paused = False
         self._engine = engine
 

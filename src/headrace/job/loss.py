@@ -17,6 +17,7 @@ from headrace.core import Request, RowError
 from headrace.engine.caching import open_cache
 from headrace.engine.engine import Engine
 from headrace.engine.forward import AnswerReader
+from headrace.engine.planner import Planner
 from headrace.llm import LLM
 
 # Most tokens of an answer that are compared.
@@ -124,7 +125,7 @@ def open_full_engine(llm: LLM, requests: Rows[Request]) -> Engine:
     layout = policy.arrange(model.kv_shape, options.block_size)
     blocks = sum(layout.count_blocks(len(request.prompt_token_ids) + ANSWER_TOKENS) for request in requests)
     cache, state = open_cache(model, policy, options, min(blocks, llm.resolved["kv_cache_bytes"] // layout.block_bytes))
-    engine = Engine(model, llm.tokenizer, cache, state, llm.engine.schedule)
+    engine = Engine(model, llm.tokenizer, cache, state, Planner(llm.engine.planner.schedule))
     engine.compiler = llm.engine.compiler
     return engine
 

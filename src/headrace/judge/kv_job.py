@@ -9,6 +9,7 @@ from headrace.checkpoint import Tokenizer
 from headrace.core import Request, SamplingParams
 from headrace.engine.caching import open_cache
 from headrace.engine.engine import Engine
+from headrace.engine.planner import Planner
 from headrace.model import Model
 from headrace.options import EngineOptions
 from headrace.schedule.choice import SCHEDULES
@@ -31,7 +32,7 @@ def measure_job(
     if options.kv_cache_bytes is not None and options.kv_cache_bytes < needed:
         return None
     cache, state = open_cache(model, make_policy(kv), options)
-    engine = Engine(model, tokenizer, cache, state, SCHEDULES[options.schedule]())
+    engine = Engine(model, tokenizer, cache, state, Planner(SCHEDULES[options.schedule]()))
     params = SamplingParams(max_tokens=outputs, ignore_eos=True)
     began = time.perf_counter()
     for number, prompt in enumerate(prompts):

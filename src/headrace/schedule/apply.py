@@ -11,8 +11,9 @@ from headrace.schedule.pieces import count_shrinking
 from headrace.schedule.state import SchedulerState
 
 
-def arrange(schedule: Schedule, state: SchedulerState) -> None:
-    """Put those who wait in the schedule's order if any has arrived since the last time, or if they are the last.
+def arrange(schedule: Schedule, state: SchedulerState) -> bool:
+    """Put those who wait in the schedule's order if any has arrived since the last time, or if they are the last;
+    whether it did.
 
     The last `max_sequences` are ordered anew whenever half of them have gone: more is known of lengths by then, and a
     long row that started at the very end would run alone.
@@ -22,8 +23,9 @@ def arrange(schedule: Schedule, state: SchedulerState) -> None:
     elif state.waiting and 2 * len(state.waiting) <= min(state.asked, 2 * state.limits.max_sequences):
         arrange_last(schedule, state)
     else:
-        return
+        return False
     state.asked = len(state.waiting)
+    return True
 
 
 def arrange_arrived(schedule: Schedule, state: SchedulerState) -> None:
@@ -123,9 +125,10 @@ def finish(sequence: Sequence, state: SchedulerState, keep_until: float | None =
     state.lengths.record(sequence)
 
 
-def expire(state: SchedulerState, now: float) -> None:
-    """Let go of what was kept for programs until now or before. To be called between steps, when it matters."""
-    state.ledger.expire(now)
+def expire(state: SchedulerState, now: float) -> bool:
+    """Let go of what was kept for programs until now or before; whether there was any. To be called between steps, when
+    it matters."""
+    return state.ledger.expire(now)
 
 
 def abort(sequences: Iterable[Sequence], state: SchedulerState) -> None:

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--precision", default="bf16")
     arguments = parser.parse_args()
-    with LLM(arguments.model, precision=arguments.precision, kv_cache_bytes=64 << 20) as llm:
+    with LLM(arguments.model, precision=arguments.precision, kv_cache_bytes=64 << 20, tuned=False) as llm:
         windows = choose_windows(
             llm.tokenizer.encode(arguments.text.read_text(), special=False),
             arguments.context,

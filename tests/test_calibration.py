@@ -140,6 +140,7 @@ def test_what_is_kept_is_what_was_found_best(cache: Path, stored_model: Path) ->
     assert [read_note(path) for path in cache.glob("packed/*")] == ["4-bit groups of 32 by rounding, text before"]
     windows = [[1 + (7 * place + shift) % 90 for place in range(32)] for shift in range(8)]
     outcome = calibrate(checkpoint, kernels, windows, 32, lambda text: None)
+    keep(checkpoint, kernels, outcome.way)
     assert list(outcome.perplexities) == [STORED, "rounding", "gptq", "awq", "awq and gptq"]
     assert outcome.perplexities[outcome.best] == min(outcome.perplexities.values())
     notes = [read_note(path).split(",")[0] for path in cache.glob("packed/*")]
@@ -164,9 +165,26 @@ def test_a_disk_that_refuses_keeps_what_was_there(
     checkpoint, kernels = open_checkpoint(str(stored_model)), ReferenceKernels()
     keep(checkpoint, kernels, describe_rounding("rounding", GRAMS, 32, "one"))
     monkeypatch.setattr(packed, "save_file", refuse)
-    with pytest.raises(InputError, match=r"cannot be kept in .*packed: make room"):
+    with pytest.raises(OSError, match="not written"):
         keep(checkpoint, kernels, describe_rounding("rounding", GRAMS, 32, "two"))
     assert [read_note(path) for path in cache.glob("packed/*")] == ["4-bit groups of 32 by rounding, text one"]
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_what_was_measured_is_shown_where_the_disk_refuses(
+    form: list[str], tiny_model: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = cache.with_name("text.txt")
+    text.write_text("The mill by the river grinds wheat, and the miller counts the sacks. " * 100)
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / "packed").write_text("a file where a folder is wanted")
+    assert main(["quantize", "--text", str(text), "--model", str(tiny_model), "--window", "64", *form]) == 3
+    printed = capsys.readouterr()
+    assert "gptq" in printed.out and "kept for" not in printed.out
+    if form:
+        assert json.loads(printed.out)["kept"] is False
+    # Before it, loading has said once that the packed weights are not kept.
+    assert f"the result cannot be kept in {cache}/packed/" in printed.err.splitlines()[-1]
 
 
 def test_a_job_does_not_go_on_with_other_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from servers import serving
 from test_kernels import PLAIN, make_case
 from test_sealed import make_batch
 from test_sealed import make_cache as make_sealed_cache
@@ -19,6 +21,7 @@ from headrace.core import InputError
 from headrace.kernels import _cpu
 from headrace.kernels.base import AttentionSpec, SealedForm
 from headrace.kernels.cpu import CpuKernels
+from headrace.kernels.vectors import VectorForm
 from headrace.quant import FORMATS, Quantization
 from headrace.quant.int4 import Int4
 from headrace.quant.int8 import Int8
@@ -102,6 +105,19 @@ def test_what_is_no_number_is_sealed_as_such(
     assert found[0, 2:].isnan().any(-1).all()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_shared_exponents_say_so_of_their_group_alone(bits: int) -> None:
+    form = VectorForm(32, 64, bits, 16, exponents=True, by_channel=True)
+    x = torch.randn(3, 32, 64)
+    whole = form.decode(form.encode(x))
+    x[1, 5, 20], x[2, 7, 63] = NAN, math.inf
+    found = form.decode(form.encode(x))
+    broken = torch.zeros(3, 32, 4, dtype=torch.bool)
+    broken[1, 5, 1] = broken[2, 7, 3] = True
+    broken = broken.repeat_interleave(16, -1)
+    assert not found[broken].isfinite().any() and torch.equal(found[~broken], whole[~broken])
+
+
 @pytest.fixture(scope="module")
 def broken_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in which one token's embedding is no number; its head is its own, and whole."""
@@ -128,7 +144,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "reference"])
-@pytest.mark.parametrize("kv", ["plain", "kivi(k=4, v=4)"])
+@pytest.mark.parametrize("kv", ["plain", "kivi(k=4, v=4)", "bfp(block=16)"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_only_rows_with_the_broken_token_fail(broken_model: Path, kernels: str, kv: str, precision: str) -> None:
     def open_llm() -> LLM:
@@ -157,3 +173,14 @@ def test_scores_and_vectors_say_so_too(broken_model: Path) -> None:
         for call in (llm.score, llm.embed):
             with pytest.raises(InputError, match="no number"):
                 call([[4, 5, 6], [4, BROKEN_TOKEN, 6]])
+
+
+def test_a_server_says_that_it_is_not_the_clients_fault(broken_model: Path) -> None:
+    with serving(broken_model) as server, server.client() as client:
+        body = {"model": broken_model.name, "prompt": [[4, BROKEN_TOKEN, 6]], "max_tokens": 3}
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 500, answer.text
+        error = answer.json()["error"]
+        assert error["code"] == "not_a_number" and error["type"] == "server_error" and error["param"] is None
+        whole = client.post("/v1/completions", json=body | {"prompt": [[4, 5, 6]]})
+        assert whole.status_code == 200 and whole.json()["usage"]["completion_tokens"] >= 1

@@ -17,10 +17,10 @@ from jobs import batch_rows, engine_options, write_lines
 from schedule_driver import Driver, make_state
 from step_times import TIMES
 
-import headrace.engine.engine as engine_module
 import headrace.engine.loading as loading
 from headrace.cli import main
 from headrace.core import Constraint, InputError, Request, RowError, SamplingParams, StepPlan
+from headrace.engine.planner import Planner
 from headrace.job.batch_rows import BatchDrafter
 from headrace.job.feed import Feed
 from headrace.job.foresight import foresee
@@ -71,15 +71,15 @@ def test_simulated_steps_are_the_engines(
     monkeypatch.setattr(loading, "load_step_time", lambda setting: times)
     plans: list[StepPlan] = []
     simulated: list[StepPlan] = []
-    plan_step = engine_module.plan_step
+    plan = Planner.plan
 
     def record(*arguments: Any) -> StepPlan:
-        plans.append(plan_step(*arguments))
+        plans.append(plan(*arguments))
         return plans[-1]
 
-    monkeypatch.setattr(engine_module, "plan_step", record)
+    monkeypatch.setattr(Planner, "plan", record)
     requests = make_requests(60)
-    changes = {"schedule": name, "step_tokens": 96, "max_sequences": 12, "step_seconds": seconds}
+    changes = {"schedule": name, "step_tokens": 96, "max_sequences": 12, "step_seconds": seconds, "plan_ahead": "on"}
     changes["kv_cache_bytes"] = num_blocks * 8192
     options = engine_options(tiny_model, **changes)
     with LLM(**asdict(options)) as llm:

@@ -9,7 +9,7 @@ import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ from headrace.cli.settings import all_settings
 from headrace.core import InputError
 from headrace.meter.step_time import ASKED
 from headrace.options import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from headrace.judge.calibration import Outcome
 
 Text = Annotated[Path, typer.Option(metavar="FILE", help="Plain text in UTF-8.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Processor threads; all cores if not given.")]
@@ -196,7 +199,7 @@ def quantize(
     from rich.console import Console
 
     from headrace.checkpoint import open_checkpoint
-    from headrace.judge.calibration import calibrate
+    from headrace.judge.calibration import calibrate, find_kept, keep
     from headrace.judge.quality import cut_text
     from headrace.kernels import choose_kernels
     from headrace.meter.peaks import count_cores
@@ -210,13 +213,20 @@ def quantize(
     windows = cut_text(read_text(text), checkpoint.tokenizer(), window, most)
     with Console(stderr=True).status("reading") as status:
         found = calibrate(checkpoint, kernels, windows, group, status.update)
+        status.update(f"keeping {found.best}")
+        with keeping(find_kept(checkpoint, kernels), partial(keep, checkpoint, kernels, found.way)) as kept:
+            show_calibration(found, group, bool(kept), as_json)
+
+
+def show_calibration(found: Outcome, group: int, kept: bool, as_json: bool) -> None:
     losses = {name: each / found.plain - 1 for name, each in found.perplexities.items()}
     if as_json:
-        typer.echo(spell_json(dataclasses.asdict(found) | {"losses": losses, "group": group}))
+        values = {each.name: getattr(found, each.name) for each in dataclasses.fields(found) if each.name != "way"}
+        typer.echo(spell_json(values | {"losses": losses, "group": group, "kept": kept}))
         return
     typer.echo(f"{'bf16':14} perplexity {found.plain:.3f} on {found.tokens:,} tokens")
     for name, loss in losses.items():
-        mark = "  kept for --precision int4" if name == found.best else ""
+        mark = "  kept for --precision int4" if name == found.best and kept else ""
         typer.echo(f"{name:14} perplexity {found.perplexities[name]:.3f}, a loss of {loss:.2%}{mark}")
 
 

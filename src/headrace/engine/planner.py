@@ -100,9 +100,12 @@ class Planner:
         try:
             yield
         finally:
-            wait([future])
-            for sequence in generating:
-                sequence.tokens.pop()
+            try:
+                wait([future])
+            finally:
+                # Even where waiting is interrupted: nobody may take it for a token.
+                for sequence in generating:
+                    sequence.tokens.pop()
         self._next = future.result(), state.limits
 
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -38,13 +39,14 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Perplexity of the part of the text that was held back, in bf16 and by each method, and the method that was
-    kept."""
+    """Perplexity of the part of the text that was held back, in bf16 and by each method, and the best method: its name,
+    and how it rounds, None as plain loading does."""
 
     plain: float
     perplexities: dict[str, float]
     best: str
     tokens: int
+    way: Rounding | None
 
 
 class Recorder:
@@ -73,7 +75,7 @@ class Recorder:
 
 
 def calibrate(checkpoint: Checkpoint, kernels: Kernels, windows: Windows, group: int, tell: Tell) -> Outcome:
-    """Try every method, keep the best one's weights in the cache folder. tell hears what comes next.
+    """Try every method; `keep` keeps the best one's weights. tell hears what comes next.
 
     Raises InputError for a text of too few windows, or where the sums do not fit the memory.
     """
@@ -98,9 +100,7 @@ def calibrate(checkpoint: Checkpoint, kernels: Kernels, windows: Windows, group:
         model = load_model(checkpoint, kernels, ModelSettings(precision="int4", rounding=way))
         found[name] = measure_perplexity(model, held_back, ignore).perplexity
     best = find_best(found)
-    tell(f"keeping {best}")
-    keep(checkpoint, kernels, ways[best])
-    return Outcome(exact, found, best, sum(len(window) - 1 for window in held_back))
+    return Outcome(exact, found, best, sum(len(window) - 1 for window in held_back), ways[best])
 
 
 def find_best(perplexities: dict[str, float]) -> str:
@@ -136,15 +136,20 @@ def describe_rounding(method: str, grams: dict[str, Tensor], group: int, text: s
 
 def keep(checkpoint: Checkpoint, kernels: Kernels, way: Rounding | None) -> None:
     """Make what `--precision int4` loads from now on: by a method, or as it would be without any calibration. What was
-    kept before is replaced at once or stays. Raises InputError where the disk refuses."""
-    path = name_packed(checkpoint, "int4", kernels.name)
+    kept before is replaced at once or stays. Raises OSError where the disk refuses."""
+    path = find_kept(checkpoint, kernels)
     if way is None:
         path.unlink(missing_ok=True)
         return
     outdated = list_outdated(checkpoint, kernels.name)
     load_model(checkpoint, kernels, ModelSettings("int4", packed_path=path, outdated=outdated, rounding=way))
     if read_note(path) != way.note:
-        raise InputError(f"the 4-bit weights cannot be kept in {path.parent}: make room there and run it again")
+        raise OSError("they were not written")
+
+
+def find_kept(checkpoint: Checkpoint, kernels: Kernels) -> Path:
+    """Where the 4-bit weights lie that are loaded."""
+    return name_packed(checkpoint, "int4", kernels.name)
 
 
 def has_blocks(checkpoint: Checkpoint) -> bool:

@@ -84,10 +84,14 @@ class VectorForm:
             codes, *scales = round_groups(grouped, self.bits)
         else:
             # frexp's fractions are from 1/2 to 1. Below 2^-100 nothing is told apart: steps must be ordinary numbers.
-            exponents = (torch.frexp(grouped.abs().amax(-1)).exponent - 1).clamp(-100, 127)
+            largest = grouped.abs().amax(-1)
+            exponents = (torch.frexp(largest).exponent - 1).clamp(-100, 127)
             half = 1 << (self.bits - 1)
             steps = make_steps(exponents, self.bits)[..., None]
             codes, scales = (grouped / steps).round().clamp(-half, half - 1) + half, [exponents]
+            # The least code of the largest exponent is -2^128: what is no number does not become one.
+            exponents[~largest.isfinite()] = 127
+            codes[~largest.isfinite()] = 0
         return [pack_codes(self._lay(codes.flatten(2)), self.bits), *map(self._lay, scales)]
 
     def decode(self, numbers: list[Tensor]) -> Tensor:

@@ -119,7 +119,8 @@ class Simulator:
         while (more or self.state.sequences) and self.found.steps != most_steps:
             while more and window.wants(self._held.bytes):
                 more = self._add(supply)
-            self._step()
+            if self.state.sequences:
+                self._step()
         self.found.windows = window.filled + (not more and window.filling)
         self.found.left = [each for each in self._unfinished()]
         if more:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 
 from headrace.core import RowError
+from headrace.engine.sampling import NOT_A_NUMBER
 
 # By HTTP status: OpenAI's error type, Anthropic's error type.
 TYPES = {
@@ -58,8 +59,11 @@ def is_anthropic(path: str) -> bool:
 
 
 def from_row_error(error: RowError) -> ApiError:
-    """A request that can never be answered, as rows of a job cannot."""
+    """A request that can never be answered, as rows of a job cannot: but for what the model makes of it, its own
+    fault."""
     code = "context_length_exceeded" if error.code == "context_length" else error.code
+    if code == NOT_A_NUMBER:
+        return ApiError(500, code, str(error))
     return ApiError(400, code, str(error), find_param(str(error)))
 
 

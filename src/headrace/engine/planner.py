@@ -27,8 +27,8 @@ class Planner:
     """Plans an engine's steps; with `ahead`, each next one in a thread while a step computes.
 
     A plan that was made ahead is the one that would be made afterwards: it is used if nobody came, ended or was taken
-    out meanwhile, and forgotten otherwise. So it changes no step and no answer (the overlap of NanoFlow,
-    arXiv 2408.12757, section 4.2.1, without its delay of ended sequences by a step).
+    out meanwhile, and forgotten otherwise. So it changes no step and no answer: the asynchronous scheduling of NanoFlow
+    (arXiv 2408.12757, and its code) without the token that each ended sequence is given too many there.
     """
 
     def __init__(self, schedule: Schedule, ahead: bool = False) -> None:
@@ -42,8 +42,10 @@ class Planner:
         changed = expire(state, time.monotonic())
         changed = arrange(self.schedule, state) or changed
         known, self._next = self._next, None
-        fits = known is not None and not changed and known[1] is state.limits
-        plan = known[0] if known is not None and fits else plan_step(state, state.limits)
+        if known is not None and not changed and known[1] == state.limits:
+            plan = known[0]
+        else:
+            plan = plan_step(state, state.limits)
         if tier is None:
             return plan
         room = tier.room

@@ -37,6 +37,7 @@ LOSSY = {name: examples[0] for name, examples in EXAMPLES.items()} | {
     "first": "kivi(k=2, v=2, first=50)",
     "sealed": "scissorhands(keep=0.5) + kivi(k=4, v=4)",
     "pairs": "minicache(start=2, residual=64) + kivi(k=4, v=4)",
+    "chosen": "infllm(topk=1, init=1, local=2) + kivi(k=4, v=4)",
 }
 # Output too is made smaller again and again.
 AGAIN = {
@@ -47,6 +48,7 @@ LOSSLESS = {name: examples[1] for name, examples in EXAMPLES.items()} | {
     # Every token of each pair is kept as it is.
     "pairs": "minicache(start=0, keep=1)",
     "again": "h2o(keep=100000, every=32)",
+    "chosen": "infllm(topk=1000, local=129) + kivi(residual=4096)",
 }
 # Groups of three query heads, heads of 64.
 CHANGES = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 4}
@@ -186,8 +188,9 @@ def test_parts_of_a_block_lie_within_it_and_apart(kv: str, folder: Path) -> None
         cache, taken = llm.engine.cache, {}
         begin = cache.arena.data_ptr()
         for layer in cache.layers:
-            exact = [layer.keys, layer.values, layer.bias, layer.mass, layer.extra]
-            for group, parts in ((layer.group, exact), (layer.sealed_group, [layer.sealed])):
+            exact, sealed = [layer.keys, layer.values, layer.bias, layer.mass], [layer.sealed]
+            (exact if layer.sealed is None else sealed).append(layer.extra)
+            for group, parts in ((layer.group, exact), (layer.sealed_group, sealed)):
                 for part in parts:
                     if part is not None:
                         start = part.data_ptr() - begin

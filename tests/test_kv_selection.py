@@ -11,6 +11,8 @@ import pytest
 import torch
 from ragged import RaggedDriver
 from test_engine import answers, make_prompts, mixed_params, open_model
+from test_sealed import make_batch as make_sealed_batch
+from test_sealed import make_cache as make_sealed_cache
 from torch import Tensor
 
 from headrace import SamplingParams
@@ -20,9 +22,9 @@ from headrace.cache.policies.infllm import choose_blocks, score_blocks, view_mea
 from headrace.checkpoint import open_checkpoint
 from headrace.core import InputError
 from headrace.kernels import _cpu, choose_kernels
-from headrace.kernels.base import AttentionSpec, Kernels, LayerCache, RaggedBatch
+from headrace.kernels.base import AttentionSpec, Kernels, LayerCache, RaggedBatch, SealedForm
 from headrace.kernels.cpu import CpuKernels
-from headrace.kernels.reference import ReferenceKernels, read_blocks
+from headrace.kernels.reference import ReferenceKernels, read_blocks, unpack_units
 from headrace.model import Model, ModelSettings, load_model
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -232,6 +234,66 @@ def test_a_query_reads_the_blocks_it_chose(kernels: Kernels) -> None:
             row += 1
 
 
+def give_sealed_means(cache: LayerCache) -> LayerCache:
+    """Sealed blocks are in group 1; a query reads the newest 32 tokens exactly."""
+    return replace(give_means(cache), sealed_group=1, residual=32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_sealed_blocks_of_each_head_are_its_own(bits: int, dtype: torch.dtype, kernels: Kernels) -> None:
+    chunks = [(300, 1), (333, 1), (70, 70), (200, 13), (310, 1)]
+    batch, form = make_sealed_batch(chunks, 32), SealedForm(bits, bits)
+    cache = give_sealed_means(make_sealed_cache(80, 3, 64, 32, dtype, form))
+    queries = torch.randn(len(batch.positions), 9, 64).to(dtype)
+    # Blocks are whatever they are called: heads see the same texts in other blocks.
+    tables = [torch.stack([(table + 7 * head) % 80 for head in range(3)], 1).int() for table in batch.block_tables]
+    found = kernels.attention(queries, cache, replace(batch, block_tables=tuple(tables)), SPEC)
+    for head in range(3):
+        alone = replace(batch, block_tables=tuple(table[:, head].contiguous() for table in tables))
+        expected = kernels.attention(queries, cache, alone, SPEC)
+        own = slice(3 * head, 3 * head + 3)
+        assert torch.equal(found[:, own], expected[:, own])
+
+
+def test_a_query_reads_sealed_what_it_chose(kernels: Kernels) -> None:
+    """Against plain attention over the chosen tokens: those of the newest blocks exactly, all others as sealed."""
+    size, context, form = 32, 411, SealedForm(4, 4)
+    cache = give_sealed_means(make_sealed_cache(60, 3, 64, size, torch.float32, form))
+    nothing = torch.zeros(0, dtype=torch.int32)
+    whole = replace(make_sealed_batch([(context, context)], size), filled=(nothing, nothing))
+    policy = "infllm(topk=2, init=1, local=2) + kivi(k=4, v=4)"
+    run_layer(cache, whole, torch.randn(context, 9, 64), policy)
+    table, sealed_table = (each[0].long() for each in whole.block_tables)
+    keys, values = read_blocks(cache, table)
+    # Means are of exact keys.
+    for first, mean in mean_keys(keys[:, :context]).items():
+        block, place = sealed_table[(first + 31) // size], (first + 31) % size // 16
+        torch.testing.assert_close(view_means(cache)[block, :, place], mean, atol=1e-5, rtol=1e-5)
+    assert cache.sealed is not None
+    units = cache.sealed[sealed_table].transpose(0, 1).flatten(1).view(3, len(sealed_table), -1)
+    older_keys, older_values = unpack_units(units, form, 64)
+    batch = make_sealed_batch([(context, 30)], size)
+    batch = replace(batch, prompts=torch.tensor([385], dtype=torch.int32), filled=(nothing, nothing))
+    queries = torch.randn(30, 9, 64)
+    found = run_layer(cache, batch, queries, policy, kernels)
+    for row, position in enumerate(range(context - 30, context)):
+        count, places = position // size + 1, torch.arange(position // size + 1).expand(3, -1)
+        if position >= 385:
+            scores = score_blocks(queries[row : row + 1], cache, sealed_table[None], torch.tensor([position + 1]), SPEC)
+            places = choose_blocks(scores[:, :, :count], torch.tensor([count]), 2, 1, 2)[0]
+        for head in range(9):
+            seen = (places[head // 3, :, None] * size + torch.arange(size)).flatten()
+            seen = seen[seen <= position]
+            exact = (seen >= (position - 31) // size * size)[:, None]
+            read = [
+                torch.where(exact, new[head // 3, seen], old[head // 3, seen])
+                for new, old in ((keys, older_keys), (values, older_values))
+            ]
+            expected = attend_plainly(queries[row, head], read[0], read[1])
+            torch.testing.assert_close(found[row, head], expected, atol=2e-2, rtol=2e-2)
+
+
 class Driver(RaggedDriver):
     """Its texts are prompts only in their first part."""
 
@@ -325,6 +387,7 @@ def test_answers_are_the_same_alone_chunked_and_preempted(tiny_model: Path) -> N
         ("infllm(local=0)", 32, "local must be a whole number from 1"),
         ("infllm(dense=-1)", 32, "dense must be a whole number from 0"),
         ("infllm", 24, "needs a multiple of 16"),
+        ("infllm(local=1)+kivi", 32, "local must be at least 2, got 1"),
     ],
 )
 def test_what_cannot_be_is_refused(model: Model, kv: str, block_size: int, message: str) -> None:

@@ -24,7 +24,7 @@ class PagedCache:
     extra   what a layer's bytes of a block have left, for the policy to use as it likes
 
     where pair is 1 in float32 and 2 in bfloat16 (see `Kernels`). Of a sealed group it has, layer by layer, what the
-    policy's form says, or where it has none, bytes that the policy alone can read.
+    policy's form says and what is left as above, or where it has no form, bytes that the policy alone can read.
 
     Below it there may be a `tier`, which keeps copies of full blocks on disk.
 
@@ -66,12 +66,13 @@ class PagedCache:
             cache = replace(cache, extra=self._part(start + used, left))
         if sealed is None:
             return cache
-        each = self.layout.groups[sealed.group].layer_bytes
-        apart = 1 if self.policy.form is None else heads
-        part = self._part(sealed.layer * each, each).view(-1, apart, each // apart)
+        each, form = self.layout.groups[sealed.group].layer_bytes, self.policy.form
+        apart, used = (1, each) if form is None else (heads, heads * form.count_head_bytes(head_size, size))
+        start = sealed.layer * each
         return replace(
             cache,
-            sealed=part,
+            extra=self._part(start + used, each - used) if each > used else cache.extra,
+            sealed=self._part(start, used).view(-1, apart, used // apart),
             form=self.policy.form,
             sealed_group=sealed.group,
             residual=self.policy.residual,

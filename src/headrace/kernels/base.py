@@ -112,7 +112,8 @@ class LayerCache:
     values   [blocks, kv heads, block size / pair, head size, pair]
     bias     float32 [blocks, kv heads, block size], added to the scores of exact blocks; not together with a soft cap
     mass     float32 [blocks, kv heads, block size], the attention that `observe` has counted for each exact token
-    extra    uint8 [blocks, bytes], what a policy keeps in each exact block beside all that; no kernel reads it
+    extra    uint8 [blocks, bytes], what a policy keeps in each exact block beside all that, or where older blocks are
+             sealed in a form in each sealed one; no kernel reads it
     group    index into RaggedBatch.block_tables and .slots of these exact blocks
     sealed   uint8 [blocks, kv heads, bytes of a head] in `form`, where older blocks are sealed; no layer with a window
              has that; sealed_group is their group. Without a form it is [blocks, 1, bytes], and `unpack` reads it

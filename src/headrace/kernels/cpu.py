@@ -37,7 +37,7 @@ from headrace.kernels.vectors import VectorForm
 
 # Of the next weight so much is fetched while nothing else is done: what a core's own cache holds.
 EXPECTED_BYTES = 2**20
-NOTHING_SEALED = (0, 0, 4, 4, 0, 0, 0, 0)
+NOTHING_SEALED = (0, 0, 4, 4, 0, 0, 0, 0, 0)
 
 
 class CpuKernels:
@@ -212,9 +212,9 @@ class CpuKernels:
         described = describe_cache(cache)
         check_queries(queries, cache, len(batch.positions))
         ragged = describe_batch(batch, cache.group, described[4])
-        sealed = NOTHING_SEALED
+        sealed: tuple[int, ...] = NOTHING_SEALED
         if cache.sealed is not None and not batch.read_exactly:
-            check_table(table := batch.block_tables[cache.sealed_group], ragged[0], 0)
+            check_table(table := batch.block_tables[cache.sealed_group], ragged[0], described[4])
             sealed = describe_sealed(cache, table)
         numbers = (spec.scale, spec.window or 0, spec.soft_cap or 0.0)
         kind, rows = TYPES[queries.dtype], describe_rows(queries)
@@ -279,8 +279,8 @@ def describe_cache(cache: LayerCache) -> tuple[int, int, int, int, int, int, int
     return *addresses, stride * keys.itemsize, kv_heads, head, block_size
 
 
-def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int, int, int, int, int, int, int, int]:
-    """Address, bytes between blocks, bits of keys and values, residual, first tokens, table and its width, of sealed
+def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int, ...]:
+    """Address, bytes between blocks, bits of keys and values, residual, first tokens, table and its strides, of sealed
     blocks.
 
     Raises ValueError where there are none, or where their bytes are not what their form says.
@@ -289,5 +289,5 @@ def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int
         raise ValueError("this layer's cache has no sealed blocks")
     check_sealing(cache.form, cache)
     bits = cache.form.key_bits, cache.form.value_bits
-    width = 0 if table is None else table.shape[1]
-    return cache.sealed.data_ptr(), cache.sealed.stride(0), *bits, cache.residual, cache.first, address(table), width
+    strides = (0, 0) if table is None else (table.stride(0), table.stride(1) if table.dim() == 3 else 0)
+    return cache.sealed.data_ptr(), cache.sealed.stride(0), *bits, cache.residual, cache.first, address(table), *strides

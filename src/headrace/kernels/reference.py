@@ -195,8 +195,10 @@ class ReferenceKernels:
         table = batch.block_tables[cache.group]
         if table.dim() == 3:
             for head, group in enumerate(output.chunk(table.shape[1], 1)):
-                part = take_head(cache, head)
-                chosen = replace(batch, block_tables=(table[:, head],))
+                part, tables = take_head(cache, head), [table[:, head]]
+                if part.sealed is not None:
+                    tables.append(batch.block_tables[cache.sealed_group][:, head])
+                chosen = replace(batch, block_tables=tuple(tables))
                 rows = slice(head * group.shape[1], (head + 1) * group.shape[1])
                 group.copy_(self.attention(queries[:, rows], part, chosen, spec))
             return output
@@ -264,9 +266,12 @@ def hide(hidden: Tensor) -> Tensor:
 
 
 def take_head(cache: LayerCache, head: int) -> LayerCache:
-    """The exact blocks of one kv head, in group 0."""
+    """The blocks of one kv head, exact ones in group 0 and sealed ones in group 1."""
     own = slice(head, head + 1)
-    return LayerCache(cache.keys[:, own], cache.values[:, own], bias=None if cache.bias is None else cache.bias[:, own])
+    bias, sealed = (None if plane is None else plane[:, own] for plane in (cache.bias, cache.sealed))
+    return replace(
+        cache, keys=cache.keys[:, own], values=cache.values[:, own], group=0, sealed=sealed, sealed_group=1, bias=bias
+    )
 
 
 def read_blocks(cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ reads; the first blocks and the newest ones are always read. Here a block is the
 computed from all of them rather than estimated from coarser ones, and prompts are read whole: which of a sequence's
 tokens choose depends on where they are, not on chunks. So nothing is saved while a prompt is computed. Prompts are
 shared, output is not: it was computed from what was chosen.
+
+With kivi the older blocks are sealed, and those of them that are chosen are read as they are; means are of exact keys.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.cache.layout import CacheLayout
+from headrace.cache.layout import CacheGroup, CacheLayout
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_number
+from headrace.cache.policies.sealing import arrange_sealed, seal_filled
 from headrace.cache.policies.selecting import Parted, find_outputs, find_owners, part
 from headrace.core import InputError
 from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch, SealedForm
@@ -48,8 +51,6 @@ class Plan:
 class InfLLM:
     """See `KVPolicy`. Layers with sliding windows are read as they are."""
 
-    form: SealedForm | None = None
-    residual = 1
     planes: tuple[Plane, ...] = ()
 
     def __init__(self, topk: int = 8, init: int = 1, local: int = 2, dense: int = 0) -> None:
@@ -60,7 +61,18 @@ class InfLLM:
         check_number("infllm", "local", local, 1, 65536)
         check_number("infllm", "dense", dense, 0, 1 << 30)
         self.topk, self.init, self.local, self.dense = topk, init, local, dense
+        self.form: SealedForm | None = None
+        self.residual = 1
         self._plan: Plan | None = None
+
+    def with_sealing(self, form: SealedForm, residual: int) -> InfLLM:
+        """The same over blocks that are sealed in the form: a mean is of keys that are all exact when its last one is
+        computed. Raises InputError where they are sealed already."""
+        if self.form is not None:
+            raise InputError("kv infllm: its blocks are rounded already; use kivi once")
+        combined = InfLLM(self.topk, self.init, self.local, self.dense)
+        combined.form, combined.residual = form, max(residual, SPAN)
+        return combined
 
     @property
     def most(self) -> int:
@@ -71,12 +83,23 @@ class InfLLM:
         if block_size % STRIDE:
             raise InputError(f"block_size {block_size} has no means of keys: kv infllm needs a multiple of {STRIDE}")
         means = block_size // STRIDE * shape.kv_heads * shape.head_size * shape.dtype.itemsize
-        layout = CacheLayout.from_windows(shape.windows, block_size, shape.count_layer_bytes(block_size) + means)
-        most_read = max(self.dense, self.most * block_size)
+        exact_bytes, most_read = shape.count_layer_bytes(block_size), max(self.dense, self.most * block_size)
+        if self.form is None:
+            layout = CacheLayout.from_windows(shape.windows, block_size, exact_bytes + means)
+            return replace(layout, shares_output=False, most_read=most_read)
+        newest = -(-(self.residual - 1) // block_size) + 1
+        if self.local < newest:
+            raise InputError(
+                f"kv infllm: with kivi the newest {self.residual} tokens are read exactly, in up to {newest} blocks of "
+                f"{block_size}: local must be at least {newest}, got {self.local}"
+            )
+        sealed_bytes = shape.kv_heads * self.form.count_head_bytes(shape.head_size, block_size) + means
+        layout = arrange_sealed(shape, block_size, sealed_bytes, CacheGroup((), self.residual, exact_bytes))
         return replace(layout, shares_output=False, most_read=most_read)
 
     def attend(self, step: LayerStep) -> Tensor:
         batch, size = step.batch, step.cache.keys.shape[3]
+        seal_filled(step)
         if step.spec.window is None:
             if self._plan is None or self._plan.batch is not batch:
                 self._plan = self._make_plan(batch, size)
@@ -99,7 +122,7 @@ class InfLLM:
     def _choose(self, step: LayerStep, plan: Plan, parted: Parted) -> RaggedBatch:
         """The parted batch with the blocks that each kv head of each part reads in this layer."""
         cache, kv_heads = step.cache, step.cache.keys.shape[1]
-        size, table = cache.keys.shape[3], step.batch.block_tables[cache.group]
+        size, table = cache.keys.shape[3], step.batch.block_tables[whole_group(cache)]
         chosen = []
         for rows in torch.split(plan.choosing, max(1, MOST_BLOCKS // table.shape[1])):
             contexts = step.batch.positions[rows].long() + 1
@@ -107,12 +130,20 @@ class InfLLM:
             blocks = table[plan.owners[rows], : int(counts.max())].long()
             scores = score_blocks(step.queries[rows], cache, blocks.clamp(min=0), contexts, step.spec)
             places = choose_blocks(scores, counts, self.topk, self.init, self.local)
-            chosen.append(blocks[:, None].expand(-1, kv_heads, -1).gather(2, places).int())
+            chosen.append(places)
         width = self.most if len(parted.alone) == len(parted.sequences) else table.shape[1]
-        tables = table[parted.sequences, None, :width].repeat(1, kv_heads, 1)
-        tables[parted.alone, :, : self.most] = torch.cat(chosen)
-        every = [tables if group == cache.group else each for group, each in enumerate(step.batch.block_tables)]
-        return replace(parted.batch, block_tables=tuple(every))
+        tables = list(step.batch.block_tables)
+        for group in {cache.group, whole_group(cache)}:
+            every = tables[group][parted.sequences, None].expand(-1, kv_heads, -1)
+            own = every[parted.alone].gather(2, torch.cat(chosen))
+            tables[group] = every[..., :width].contiguous()
+            tables[group][parted.alone, :, : self.most] = own
+        return replace(parted.batch, block_tables=tuple(tables))
+
+
+def whole_group(cache: LayerCache) -> int:
+    """The cache group that has all of a sequence's blocks, and in them its means."""
+    return cache.group if cache.sealed is None else cache.sealed_group
 
 
 def view_means(cache: LayerCache) -> Tensor:
@@ -139,7 +170,8 @@ def write_means(cache: LayerCache, batch: RaggedBatch, plan: Plan) -> None:
         blocks, parts = table[owners, places // size].long(), places % size // STRIDE
         # [n, kv heads, lanes, STRIDE, pair]; in double precision the order of a sum leaves no trace.
         total = total + keys[blocks, :, :, parts].double().sum(3)
-    blocks, parts = table[owners, positions // size].long(), positions % size // STRIDE
+    table, parts = batch.block_tables[whole_group(cache)], positions % size // STRIDE
+    blocks = table[owners, positions // size].long()
     view_means(cache)[blocks, :, parts] = (total / SPAN).flatten(2).to(cache.keys.dtype)
 
 

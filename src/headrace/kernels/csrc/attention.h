@@ -37,7 +37,9 @@ struct Call {
     const int32_t* table(int64_t place, int64_t head = 0) const {
         return batch.tables + order[place] * batch.table_stride + head * batch.head_stride;
     }
-    const int32_t* sealed_table(int64_t place) const { return sealed.tables + order[place] * sealed.table_stride; }
+    const int32_t* sealed_table(int64_t place, int64_t head = 0) const {
+        return sealed.tables + order[place] * sealed.table_stride + head * sealed.head_stride;
+    }
     // The blocks that many sequences may read as one: the sealed ones where there are any.
     const int32_t* shared_table(int64_t place) const { return sealed.data ? sealed_table(place) : table(place); }
     Sight sight(int64_t place) const {
@@ -48,7 +50,7 @@ struct Call {
     // Whether two sequences of one token each have the same blocks from span `begin` on for a span, and see all of it.
     bool share(int64_t one, int64_t other, int64_t begin) const {
         int64_t end = begin + span_blocks(), least = std::min(position(one), position(other));
-        if (spec.window || batch.head_stride || length(one) != 1 || length(other) != 1) return false;
+        if (spec.window || batch.head_stride || sealed.head_stride || length(one) != 1 || length(other) != 1) return false;
         if (std::max(sight(one).begin, sight(other).begin) > begin * cache.block_size) return false;
         if ((sealed.data ? sight(one).find_exact(least) : least + 1) < end * cache.block_size) return false;
         int64_t head = sealed.data ? std::min(end, sealed.first / cache.block_size) : begin;
@@ -92,7 +94,7 @@ struct Worker {
         int64_t units = size / UNIT;
         SealedSpan span{{}, {}, first, last, first * units, last * units, {head, call.sealed.key_bits, call.sealed.value_bits}};
         auto find = [&](int64_t unit) {
-            int64_t block = call.sealed_table(place)[begin + unit / units];
+            int64_t block = call.sealed_table(place, task.head)[begin + unit / units];
             return call.sealed.data + block * call.sealed.stride + (task.head * units + unit % units) * span.shape.bytes();
         };
         for (int64_t unit = span.from; unit < span.to; unit++) {
@@ -186,7 +188,7 @@ void prefetch_task(const Call<T>& call, const Task& task) {
         UnitShape shape{cache.head_size, call.sealed.key_bits, call.sealed.value_bits};
         int64_t bytes = size / UNIT * shape.bytes();
         for (int64_t block = begin; block < std::min(first, begin + call.span_blocks()); block++) {
-            const char* row = call.sealed.data + call.sealed_table(task.first)[block] * call.sealed.stride + task.head * bytes;
+            const char* row = call.sealed.data + call.sealed_table(task.first, task.head)[block] * call.sealed.stride + task.head * bytes;
             for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
         }
         return;

@@ -20,7 +20,8 @@ from headrace.cache.policies.plain import Plain
 from headrace.cache.policies.shadowkv import reduce_rank
 from headrace.judge.kv import KVJudge, choose_windows
 from headrace.judge.quality import find_begin
-from headrace.kernels.reference import read_blocks, rotate, write_slots
+from headrace.kernels.contexts import read_blocks, write_slots
+from headrace.kernels.reference import rotate
 from headrace.options import DEFAULT_MODEL
 
 

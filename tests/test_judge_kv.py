@@ -34,7 +34,7 @@ from headrace.judge.kv_job import make_prompts, measure_job
 from headrace.judge.kv_room import Room, count_batch, find_room
 from headrace.judge.shared_contexts import ContextsJudge, write_script
 from headrace.kernels.base import LayerCache
-from headrace.kernels.reference import read_blocks
+from headrace.kernels.contexts import read_blocks
 from headrace.options import EngineOptions
 
 NOTHING = Degradation(0.0, 0.0, 0.0, 1.0)

@@ -28,8 +28,8 @@ from headrace.engine.batch import build_batch
 from headrace.judge.driver import CacheDriver
 from headrace.kernels import choose_kernels
 from headrace.kernels.base import AttentionSpec
+from headrace.kernels.contexts import read_blocks, write_slots
 from headrace.kernels.cpu import CpuKernels
-from headrace.kernels.reference import read_blocks, write_slots
 from headrace.model import ModelSettings, load_model
 
 SIZE = 16

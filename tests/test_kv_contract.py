@@ -38,6 +38,7 @@ LOSSY = {name: examples[0] for name, examples in EXAMPLES.items()} | {
     "sealed": "scissorhands(keep=0.5) + kivi(k=4, v=4)",
     "pairs": "minicache(start=2, residual=64) + kivi(k=4, v=4)",
     "chosen": "infllm(topk=1, init=1, local=2) + kivi(k=4, v=4)",
+    "merged": "kvmerger(keep=0.5) + kivi(k=4, v=4)",
 }
 # Output too is made smaller again and again.
 AGAIN = {
@@ -49,6 +50,7 @@ LOSSLESS = {name: examples[1] for name, examples in EXAMPLES.items()} | {
     "pairs": "minicache(start=0, keep=1)",
     "again": "h2o(keep=100000, every=32)",
     "chosen": "infllm(topk=1000, local=129) + kivi(residual=4096)",
+    "merged": "kvmerger(keep=100000) + kivi(residual=4096)",
 }
 # Groups of three query heads, heads of 64.
 CHANGES = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 4}
@@ -188,7 +190,7 @@ def test_parts_of_a_block_lie_within_it_and_apart(kv: str, folder: Path) -> None
         cache, taken = llm.engine.cache, {}
         begin = cache.arena.data_ptr()
         for layer in cache.layers:
-            exact, sealed = [layer.keys, layer.values, layer.bias, layer.mass], [layer.sealed]
+            exact, sealed = [layer.keys, layer.values, layer.bias, layer.mass], [layer.sealed, layer.sealed_bias]
             (exact if layer.sealed is None else sealed).append(layer.extra)
             for group, parts in ((layer.group, exact), (layer.sealed_group, sealed)):
                 for part in parts:

@@ -23,8 +23,10 @@ from headrace.checkpoint import open_checkpoint
 from headrace.core import InputError
 from headrace.kernels import _cpu, choose_kernels
 from headrace.kernels.base import AttentionSpec, Kernels, LayerCache, RaggedBatch, SealedForm
+from headrace.kernels.contexts import read_blocks
 from headrace.kernels.cpu import CpuKernels
-from headrace.kernels.reference import ReferenceKernels, read_blocks, unpack_units
+from headrace.kernels.reference import ReferenceKernels
+from headrace.kernels.units import unpack_units
 from headrace.model import Model, ModelSettings, load_model
 
 DTYPES = [torch.float32, torch.bfloat16]

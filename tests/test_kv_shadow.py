@@ -35,8 +35,9 @@ from headrace.engine.batch import build_batch
 from headrace.judge.kv_room import Room, count_batch, find_room
 from headrace.kernels import choose_kernels
 from headrace.kernels.base import AttentionSpec, LayerCache, RaggedBatch
+from headrace.kernels.contexts import read_blocks, write_slots
 from headrace.kernels.cpu import CpuKernels
-from headrace.kernels.reference import read_blocks, rotate, write_slots
+from headrace.kernels.reference import rotate
 from headrace.kernels.shadows import CHUNK, BlockRows, choose_chunks
 from headrace.model import ModelSettings, load_model
 

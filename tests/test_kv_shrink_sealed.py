@@ -12,7 +12,7 @@ from headrace import LLM
 from headrace.cache.policies.choice import make_policy
 from headrace.core import Sequence
 from headrace.judge.driver import CacheDriver
-from headrace.kernels.reference import read_blocks
+from headrace.kernels.contexts import read_blocks
 from headrace.kernels.units import pack_units
 
 CHANGES = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 4}

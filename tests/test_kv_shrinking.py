@@ -27,7 +27,7 @@ from headrace.core import Chunk, InputError, Request, Sequence
 from headrace.core import SamplingParams as Params
 from headrace.engine.batch import build_batch
 from headrace.kernels import choose_kernels
-from headrace.kernels.reference import read_blocks
+from headrace.kernels.contexts import read_blocks
 from headrace.model import Model, ModelSettings, load_model
 from headrace.schedule.pieces import count_shrinking, wanted_rows
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from headrace.kernels import _cpu
 from headrace.kernels.base import LayerCache
+from headrace.kernels.contexts import read_blocks
 from headrace.kernels.cpu import CpuKernels
-from headrace.kernels.reference import ReferenceKernels, read_blocks
+from headrace.kernels.reference import ReferenceKernels
 from headrace.kernels.shadows import CHUNK, BlockRows, ShadowRows, choose_chunks
 
 DTYPES = [torch.float32, torch.bfloat16]

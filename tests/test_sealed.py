@@ -11,8 +11,9 @@ from torch import Tensor
 
 from headrace.kernels import _cpu
 from headrace.kernels.base import LARGEST_HEAD, AttentionSpec, LayerCache, RaggedBatch, SealedForm
+from headrace.kernels.contexts import read_blocks, write_slots
 from headrace.kernels.cpu import CpuKernels
-from headrace.kernels.reference import ReferenceKernels, read_blocks, write_slots
+from headrace.kernels.reference import ReferenceKernels
 from headrace.kernels.units import pack_units, unpack_units
 from headrace.kernels.vectors import decode_middles, encode_middles, restore_groups, round_groups
 
@@ -144,6 +145,29 @@ def test_attention_over_sealed_blocks(form: SealedForm, dtype: torch.dtype, inst
         assert torch.equal(
             fast.attention(queries, cache, everything, spec), fast.attention(queries, plain, batch, spec)
         )
+
+
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+def test_scores_of_sealed_tokens_have_their_bias(form: SealedForm, dtype: torch.dtype, instruction_set: str) -> None:
+    fast, batch, spec = CpuKernels(instruction_set), make_batch(MIXED, 32), AttentionSpec(0.125)
+    cache = make_cache(int(batch.block_tables[0].max()) + 1, 3, 64, 32, dtype, form)
+    assert cache.sealed is not None
+    used = cache.sealed[0].numel()
+    whole = torch.cat([cache.sealed.flatten(1), torch.zeros(len(cache.sealed), 4 * 3 * 32, dtype=torch.uint8)], 1)
+    bias = whole[:, used:].view(torch.float32).view(-1, 3, 32)
+    bias.copy_(torch.rand(bias.shape) * 2)
+    cache = replace(cache, sealed=whole[:, :used].view(-1, 3, used // 3))
+    queries = torch.randn(len(batch.positions), 9, 64).to(dtype)
+    without = fast.attention(queries, cache, batch, spec)
+    cache = replace(cache, sealed_bias=bias)
+    found = fast.attention(queries, cache, batch, spec)
+    assert_close(found, PLAIN.attention(queries, cache, batch, spec))
+    # A query without sealed tokens hears nothing of it.
+    assert torch.equal(found[0], without[0]) and not torch.equal(found, without)
+    bias.zero_()
+    assert torch.equal(fast.attention(queries, cache, batch, spec), without)
 
 
 @pytest.mark.parametrize("sealed", [False, True])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from headrace.cache.layout import Place
 from headrace.cache.policies.base import KVPolicy, KVShape
 from headrace.cache.tier import Tier
 from headrace.core import InputError
@@ -41,43 +42,57 @@ class PagedCache:
         self.layers = [self._view(layer, shape) for layer in range(len(shape.windows))]
 
     def _view(self, layer: int, shape: KVShape) -> LayerCache:
-        place, sealed = self.layout.place(layer), self.layout.place_sealed(layer)
-        size, heads, head_size, pair = (
-            self.layout.block_size,
-            shape.kv_heads,
-            shape.head_size,
-            4 // shape.dtype.itemsize,
-        )
-        start = place.layer * self.layout.groups[place.group].layer_bytes
-        half = size * heads * head_size * shape.dtype.itemsize
+        exact, sealed = self._view_exact(self.layout.place(layer), shape), self.layout.place_sealed(layer)
+        return exact if sealed is None else self._view_sealed(exact, sealed, shape)
+
+    def _view_exact(self, place: Place, shape: KVShape) -> LayerCache:
+        size, heads, head_size = self.layout.block_size, shape.kv_heads, shape.head_size
+        pair, half = 4 // shape.dtype.itemsize, size * heads * head_size * shape.dtype.itemsize
+        layer_bytes = self.layout.groups[place.group].layer_bytes
+        start = place.layer * layer_bytes
         keys, values = (self._part(start + each * half, half).view(shape.dtype) for each in range(2))
         cache = LayerCache(
             keys.view(-1, heads, head_size // pair, size, pair),
             values.view(-1, heads, size // pair, head_size, pair),
             place.group,
         )
-        each = 4 * heads * size
-        for index, name in enumerate(self.policy.planes):
-            numbers = self._part(start + 2 * half + index * each, each).view(torch.float32).view(-1, heads, size)
-            cache = replace(cache, bias=numbers) if name == "bias" else replace(cache, mass=numbers)
-        used = 2 * half + len(self.policy.planes) * each
-        left = self.layout.groups[place.group].layer_bytes - used
-        if left:
-            cache = replace(cache, extra=self._part(start + used, left))
-        if sealed is None:
-            return cache
-        each, form = self.layout.groups[sealed.group].layer_bytes, self.policy.form
-        apart, used = (1, each) if form is None else (heads, heads * form.count_head_bytes(head_size, size))
-        start = sealed.layer * each
+        used = 2 * half
+        for name in self.policy.planes:
+            plane = self._plane(start + used, heads)
+            cache = replace(cache, bias=plane) if name == "bias" else replace(cache, mass=plane)
+            used += plane[0].nbytes
+        return replace(cache, extra=self._rest(start + used, layer_bytes - used))
+
+    def _view_sealed(self, exact: LayerCache, place: Place, shape: KVShape) -> LayerCache:
+        """A layer's exact blocks with its sealed ones."""
+        form, layer_bytes = self.policy.form, self.layout.groups[place.group].layer_bytes
+        start, heads, used, bias = place.layer * layer_bytes, 1, layer_bytes, None
+        if form is not None:
+            heads = shape.kv_heads
+            used = heads * form.count_head_bytes(shape.head_size, self.layout.block_size)
+        sealed = self._part(start, used).view(-1, heads, used // heads)
+        if form is not None and "bias" in self.policy.planes:
+            bias = self._plane(start + used, heads)
+            used += bias[0].nbytes
         return replace(
-            cache,
-            extra=self._part(start + used, each - used) if each > used else cache.extra,
-            sealed=self._part(start, used).view(-1, apart, used // apart),
-            form=self.policy.form,
-            sealed_group=sealed.group,
+            exact,
+            extra=self._rest(start + used, layer_bytes - used) if exact.extra is None else exact.extra,
+            sealed=sealed,
+            sealed_bias=bias,
+            form=form,
+            sealed_group=place.group,
             residual=self.policy.residual,
-            first=self.layout.groups[place.group].first,
+            first=self.layout.groups[exact.group].first,
         )
+
+    def _plane(self, start: int, heads: int) -> Tensor:
+        """Numbers of every block, float32 [blocks, kv heads, block size]."""
+        size = self.layout.block_size
+        return self._part(start, 4 * heads * size).view(torch.float32).view(-1, heads, size)
+
+    def _rest(self, start: int, length: int) -> Tensor | None:
+        """What is left of a layer's bytes, None if nothing is."""
+        return self._part(start, length) if length else None
 
     def _part(self, start: int, length: int) -> Tensor:
         """Bytes of every block, uint8 [blocks, length]."""

@@ -117,6 +117,7 @@ class LayerCache:
     group    index into RaggedBatch.block_tables and .slots of these exact blocks
     sealed   uint8 [blocks, kv heads, bytes of a head] in `form`, where older blocks are sealed; no layer with a window
              has that; sealed_group is their group. Without a form it is [blocks, 1, bytes], and `unpack` reads it
+    sealed_bias  of sealed blocks, as bias of exact ones
     residual a query at position p reads the block of token p - residual + 1 and later ones exactly, earlier ones sealed
     first    but for so many tokens at the start, a multiple of the block size: they are read exactly by all queries
 
@@ -134,6 +135,7 @@ class LayerCache:
     bias: Tensor | None = None
     mass: Tensor | None = None
     extra: Tensor | None = None
+    sealed_bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,8 @@ def check_sealing(form: SealedForm, cache: LayerCache) -> None:
         raise ValueError(f"sealed blocks {sealed.dtype} {list(sealed.shape)} need {expected} bytes of uint8 a head")
     if sealed.stride()[1:] != (expected, 1):
         raise ValueError(f"a block's sealed heads must be contiguous; strides {sealed.stride()}")
+    if cache.sealed_bias is not None:
+        check_plane(cache.sealed_bias, (len(sealed), cache.keys.shape[1], size), sealed.stride(0))
 
 
 def check_moving(cache: LayerCache, blocks: Tensor, slots: Tensor, into: int) -> None:

@@ -37,7 +37,7 @@ from headrace.kernels.vectors import VectorForm
 
 # Of the next weight so much is fetched while nothing else is done: what a core's own cache holds.
 EXPECTED_BYTES = 2**20
-NOTHING_SEALED = (0, 0, 4, 4, 0, 0, 0, 0, 0)
+NOTHING_SEALED = (0, 0, 4, 4, 0, 0, 0, 0, 0, 0)
 
 
 class CpuKernels:
@@ -280,8 +280,8 @@ def describe_cache(cache: LayerCache) -> tuple[int, int, int, int, int, int, int
 
 
 def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int, ...]:
-    """Address, bytes between blocks, bits of keys and values, residual, first tokens, table and its strides, of sealed
-    blocks.
+    """Address, bytes between blocks, bits of keys and values, residual, first tokens, table, its strides, and bias, of
+    sealed blocks.
 
     Raises ValueError where there are none, or where their bytes are not what their form says.
     """
@@ -290,4 +290,6 @@ def describe_sealed(cache: LayerCache, table: Tensor | None = None) -> tuple[int
     check_sealing(cache.form, cache)
     bits = cache.form.key_bits, cache.form.value_bits
     strides = (0, 0) if table is None else (table.stride(0), table.stride(1) if table.dim() == 3 else 0)
-    return cache.sealed.data_ptr(), cache.sealed.stride(0), *bits, cache.residual, cache.first, address(table), *strides
+    numbers = *bits, cache.residual, cache.first
+    planes = address(table), *strides, address(cache.sealed_bias)
+    return cache.sealed.data_ptr(), cache.sealed.stride(0), *numbers, *planes

@@ -13,7 +13,7 @@ from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_choice, check_number
 from headrace.cache.policies.shrinking import Context, Shrinking, choose_highest, join_heads
 from headrace.core import InputError
-from headrace.kernels.reference import read_blocks, write_slots
+from headrace.kernels.contexts import read_blocks, write_slots
 
 
 class Tokens(NamedTuple):

@@ -26,7 +26,8 @@ from headrace.cache.policies.parameters import check_choice, check_number, check
 from headrace.cache.policies.selecting import find_folder, map_file, take_token
 from headrace.core import InputError
 from headrace.kernels.base import LayerCache, RaggedBatch, SealedForm
-from headrace.kernels.reference import read_blocks, rotate, write_slots
+from headrace.kernels.contexts import read_blocks, write_slots
+from headrace.kernels.reference import rotate
 from headrace.kernels.shadows import CHUNK, BlockRows, ShadowRows, count_place_rows, count_rows
 
 

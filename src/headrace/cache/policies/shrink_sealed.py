@@ -13,9 +13,9 @@ from torch import Tensor
 from headrace.cache.layout import CacheGroup, CacheLayout
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.sealing import arrange_sealed, seal_filled
-from headrace.cache.policies.shrinking import Shrinking
+from headrace.cache.policies.shrinking import Shrinking, clear_bias
 from headrace.core import InputError
-from headrace.kernels.base import RaggedBatch, SealedForm
+from headrace.kernels.base import LayerCache, RaggedBatch, SealedForm
 
 
 class ShrinkSealed:
@@ -23,14 +23,11 @@ class ShrinkSealed:
     the shrinking policy keeps is sealed where it was moved to, and so is each block of output once it is full.
 
     A head's kept tokens are each other's neighbours in a block, so scales of keys are those of whatever tokens stayed.
+    What a policy adds to their scores stays a number beside them.
     """
 
     def __init__(self, policy: Shrinking, form: SealedForm, residual: int) -> None:
-        """Raises InputError for a policy whose tokens have more to them than keys and values, or go again and again."""
-        if "bias" in policy.planes:
-            raise InputError(
-                "kv: the first policy adds a number to each score, which sealed blocks do not have; leave kivi out"
-            )
+        """Raises InputError for a policy whose tokens go again and again."""
         if policy.shrink.every:
             raise InputError(
                 f"kv {policy.name}: what stays is sealed, and with every it would be rounded anew each time; "
@@ -45,7 +42,11 @@ class ShrinkSealed:
         return self.policy.planes
 
     def arrange(self, shape: KVShape, block_size: int) -> CacheLayout:
+        # It may refuse the model; how it would lie in memory alone is not asked.
+        self.policy.arrange(shape, block_size)
         sealed_bytes = shape.kv_heads * self.form.count_head_bytes(shape.head_size, block_size)
+        if "bias" in self.planes:
+            sealed_bytes += 4 * shape.kv_heads * block_size
         exact_bytes = shape.count_layer_bytes(block_size, len(self.planes))
         exact = CacheGroup((), self.residual, exact_bytes, keeps_prompts=True)
         layout = arrange_sealed(shape, block_size, sealed_bytes, exact)
@@ -81,11 +82,21 @@ class ShrinkSealed:
                     batch.block_tables[group][sequence, whole] for group in (cache.group, cache.sealed_group)
                 )
                 step.kernels.seal(cache, exact.contiguous(), sealed.contiguous())
+                copy_bias(cache, exact, sealed)
         return output
 
     def _attend_outputs(self, step: LayerStep) -> Tensor:
+        cache, filled = step.cache, step.batch.filled
+        clear_bias(cache, step.batch)
         seal_filled(step)
-        return step.kernels.attention(step.queries, step.cache, step.batch, step.spec)
+        copy_bias(cache, filled[cache.group], filled[cache.sealed_group])
+        return step.kernels.attention(step.queries, cache, step.batch, step.spec)
+
+
+def copy_bias(cache: LayerCache, exact: Tensor, sealed: Tensor) -> None:
+    """Where scores have one, that of exact blocks goes to the blocks that they are sealed in."""
+    if cache.bias is not None and cache.sealed_bias is not None:
+        cache.sealed_bias[sealed.long()] = cache.bias[exact.long()]
 
 
 def take_sequences(batch: RaggedBatch, chosen: Tensor, block_size: int) -> tuple[Tensor, RaggedBatch]:

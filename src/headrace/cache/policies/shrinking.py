@@ -15,7 +15,7 @@ from headrace.cache.layout import CacheLayout, Shrink
 from headrace.cache.policies.base import KVShape, LayerStep, Plane
 from headrace.cache.policies.parameters import check_number
 from headrace.core import InputError
-from headrace.kernels.base import SealedForm
+from headrace.kernels.base import LayerCache, RaggedBatch, SealedForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,7 @@ class Shrinking(ABC):
         if step.spec.window is not None:
             batch, cache = replace(batch, begins=None), replace(cache, bias=None)
             return step.kernels.attention(step.queries, cache, batch, step.spec)
-        if cache.bias is not None:
-            size, slots = cache.keys.shape[3], batch.slots[cache.group]
-            cache.bias[slots // size, :, slots % size] = 0
+        clear_bias(cache, batch)
         output = step.kernels.attention(step.queries, cache, batch, step.spec)
         if batch.observed is not None and cache.mass is not None:
             share = self.find_share(step.queries.shape[1] // cache.keys.shape[1])
@@ -128,6 +126,13 @@ class Evicting(Shrinking):
     @abstractmethod
     def score(self, context: Context, count: int) -> Tensor:
         """How much each token is worth to a kv head [kv heads or 1, S]: the `count` highest stay."""
+
+
+def clear_bias(cache: LayerCache, batch: RaggedBatch) -> None:
+    """Where scores have a bias, a step's own tokens have none."""
+    if cache.bias is not None:
+        size, slots = cache.keys.shape[3], batch.slots[cache.group]
+        cache.bias[slots // size, :, slots % size] = 0
 
 
 def choose_highest(scores: Tensor, count: int) -> Tensor:

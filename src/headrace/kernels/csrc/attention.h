@@ -92,11 +92,15 @@ struct Worker {
     // The same of its sealed blocks, of which it has `all`.
     SealedSpan find_sealed(int64_t place, int64_t begin, int64_t first, int64_t last, int64_t all) const {
         int64_t units = size / UNIT;
-        SealedSpan span{{}, {}, first, last, first * units, last * units, {head, call.sealed.key_bits, call.sealed.value_bits}};
+        SealedSpan span{{}, {}, {}, first, last, first * units, last * units, {head, call.sealed.key_bits, call.sealed.value_bits}};
         auto find = [&](int64_t unit) {
             int64_t block = call.sealed_table(place, task.head)[begin + unit / units];
             return call.sealed.data + block * call.sealed.stride + (task.head * units + unit % units) * span.shape.bytes();
         };
+        for (int64_t block = first; call.sealed.bias && block < last; block++) {
+            int64_t from = call.sealed_table(place, task.head)[begin + block] * call.sealed.stride;
+            span.bias[block] = (const float*)(call.sealed.bias + from) + task.head * size;
+        }
         for (int64_t unit = span.from; unit < span.to; unit++) {
             span.units[unit] = find(unit);
             span.ahead[unit] = begin + blocks + unit / units < all ? find(unit + blocks * units) : span.units[unit];

@@ -130,7 +130,8 @@ struct SpanRows {
 };
 
 // scores [rows, span] += bias [size] / scale, for softening will multiply them by the scale.
-inline void add_bias(const Span& blocks, const SpanRows& rows, int64_t size, float scale) {
+template <class Blocks>
+void add_bias(const Blocks& blocks, const SpanRows& rows, int64_t size, float scale) {
     for (int64_t block = blocks.first; block < blocks.last; block++)
         for (int64_t j = 0; j < size; j += W) {
             vf added = load(blocks.bias[block] + j) / scale;

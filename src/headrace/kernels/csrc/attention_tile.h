@@ -115,6 +115,7 @@ struct Tile {
             score_integers(blocks, rows, s);
         else
             score_sealed(blocks, rows, s);
+        if (blocks.bias[blocks.first]) add_bias(blocks, rows, size, spec.scale);
     }
     void add(const SealedSpan& blocks, const SpanRows& rows) {
         if constexpr (TAKES_INTEGERS<T>)

@@ -67,7 +67,7 @@ Cache cache_of(nb::tuple t) {
 Sealed sealed_of(nb::tuple t) {
     return {at<char>(nb::cast<uintptr_t>(t[0])), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]), nb::cast<int64_t>(t[3]),
             nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5]), at<int32_t>(nb::cast<uintptr_t>(t[6])), nb::cast<int64_t>(t[7]),
-            nb::cast<int64_t>(t[8])};
+            nb::cast<int64_t>(t[8]), at<char>(nb::cast<uintptr_t>(t[9]))};
 }
 
 Batch batch_of(nb::tuple t) {

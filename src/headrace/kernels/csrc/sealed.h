@@ -71,6 +71,7 @@ inline Grid value_grid(const char* unit, const UnitShape& shape, int64_t group) 
 struct SealedSpan {
     const char* units[SPAN_TOKENS / UNIT];
     const char* ahead[SPAN_TOKENS / UNIT];  // what is read after each of them, to be fetched meanwhile
+    const float* bias[SPAN_TOKENS / UNIT];  // of a block's scores; null if there is none
     int64_t first, last;  // in blocks
     int64_t from, to;     // in units
     UnitShape shape;

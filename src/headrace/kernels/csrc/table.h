@@ -73,6 +73,7 @@ struct Sealed {
     int64_t stride, key_bits, value_bits, residual, first;
     const int32_t* tables;
     int64_t table_stride, head_stride;  // as a Batch's
+    const char* bias;                   // as a Cache's, in sealed blocks
 };
 
 // Ragged queries: sequence s owns tokens starts[s] to starts[s + 1], whose positions are consecutive from positions[...]. What

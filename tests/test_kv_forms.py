@@ -460,7 +460,7 @@ def test_chunks_of_pairs_are_no_longer_than_the_residual(folder: Path, model: Mo
         ("snapkv+kivi+kivi", "both policies would write the same sealed blocks"),
         ("minicache+bfp", "only kivi can stand after a +"),
         ("infllm+kivi(k=4)+kivi(k=4)", "its blocks are rounded already; use kivi once"),
-        ("shadowkv+kivi(k=4)", "reads tokens head by head"),
+        ("shadowkv+kivi(k=4)", "in the model's own number format"),
         ("minicache+kivi(first=32)", "only where it stands alone"),
         ("tova+(snapkv+kivi)", "only kivi can stand after a +"),
         ("minicache+(minicache+kivi)", "only kivi can stand after a +"),

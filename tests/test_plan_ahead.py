@@ -98,6 +98,27 @@ def test_who_comes_or_goes_between_steps_is_planned_for(tiny_model: Path) -> Non
         assert engine.step() == []
 
 
+def test_prefixes_that_nobody_keeps_any_more_are_not_planned_with(tiny_model: Path) -> None:
+    """A program's next turn lets go of what was kept for it: a row that waits may have been promised that."""
+    old, other, row = (
+        [first + place % 90 for place in range(length)] for first, length in ((5, 64), (105, 48), (5, 80))
+    )
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    found = []
+    for ahead in (False, True):
+        with open_model(tiny_model, prefix_retain_bytes=0, step_tokens=32, schedule="fcfs") as llm:
+            engine = llm.engine
+            record(llm, ahead, "fcfs")
+            engine.keep = lambda sequence: 1000.0
+            for name, prompts, program in (("first", [old], "p"), ("next", [other, row, *make_prompts(4)], "p")):
+                for number, prompt in enumerate(prompts):
+                    engine.add(Request(f"{name} {number}", tuple(prompt), params, program="" if number else program))
+                while engine.unfinished:
+                    found += [(each.request_id, each.outputs[0].token_ids) for each in engine.step()]
+            check_ledger(engine.state.ledger, [])
+    assert len(found) == 14 and found[:7] == found[7:]
+
+
 class Fault(Exception):
     """What happens to a step."""
 

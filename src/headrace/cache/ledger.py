@@ -223,15 +223,17 @@ class KVLedger:
             self.keeps.add(program or program_of(sequence.request), Keep(until, blocks))
 
     def expire(self, now: float) -> bool:
-        """Let go of what was kept until now or before; whether there was any."""
+        """Let go of what was kept until now or before, and of what is beyond `retain_blocks`; whether there was any."""
         expired = self.keeps.expire(now)
-        self.trim(self.retain_blocks)
-        return expired > 0
+        return self.trim(self.retain_blocks) or expired > 0
 
-    def trim(self, most: int) -> None:
-        """Evict the least recently used evictable blocks until at most so many are left: memory follows the work."""
+    def trim(self, most: int) -> bool:
+        """Evict the least recently used evictable blocks until at most so many are left: memory follows the work.
+        Whether there were more."""
+        more = self.pool.evictable > most
         while self.pool.evictable > most:
             self._evict()
+        return more
 
     def _evict(self) -> None:
         self.keeps.give_way()

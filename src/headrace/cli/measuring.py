@@ -215,6 +215,7 @@ def quantize(
         found = calibrate(checkpoint, kernels, windows, group, status.update)
         status.update(f"keeping {found.best}")
         with keeping(find_kept(checkpoint, kernels), partial(keep, checkpoint, kernels, found.way)) as kept:
+            status.stop()
             show_calibration(found, group, bool(kept), as_json)
 
 

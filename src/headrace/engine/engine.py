@@ -112,7 +112,11 @@ class Engine:
                     hidden = self.model.forward(batch, self.cache)
                 self._save(scheduled)
         with self.meter.watch.part("sampling"):
-            outputs = self._commit(scheduled, hidden)
+            try:
+                outputs = self._commit(scheduled, hidden)
+            except BaseException:
+                self.planner.forget()
+                raise
         self.meter.count(pieces, began)
         return outputs
 

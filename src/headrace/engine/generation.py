@@ -26,7 +26,7 @@ class Reading:
 class Generation:
     """Owns what a sequence has said; the sequence itself only knows token ids.
 
-    `reached` is how many leading tokens ever had their KV in the cache, None before the first admission. Randomness
+    `reached` is how many leading tokens a step was to bring into the cache, None before the first admission. Randomness
     comes from a counter keyed by the request's own seed and the choice, else by the engine's seed, the request's id and
     the choice, so that a row draws the same numbers alone, in any batch, after a preemption and after a restart.
     """

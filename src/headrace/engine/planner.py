@@ -83,8 +83,8 @@ class Planner:
             yield
             advance(plan, state)
             return
-        advance(plan, state)
         try:
+            advance(plan, state)
             with self._planning(state, [each for each in sequences if each.computed == len(each.tokens)]):
                 yield
         except BaseException:
@@ -96,19 +96,20 @@ class Planner:
     def _planning(self, state: SchedulerState, generating: list[Sequence]) -> Iterator[None]:
         """For `with`, while the next token of each of these is computed: plan as if it were there."""
         assert self._thread is not None
-        for sequence in generating:
-            sequence.tokens.append(UNKNOWN)
-        future = self._thread.submit(plan_step, state, state.limits)
+        lengths, futures = [len(sequence.tokens) for sequence in generating], []
         try:
+            for sequence in generating:
+                sequence.tokens.append(UNKNOWN)
+            futures.append(self._thread.submit(plan_step, state, state.limits))
             yield
         finally:
             try:
-                wait([future])
+                wait(futures)
             finally:
-                # Even where waiting is interrupted: nobody may take it for a token.
-                for sequence in generating:
-                    sequence.tokens.pop()
-        self._next = future.result(), state.limits
+                # Wherever an interrupt comes, nobody may take it for a token.
+                for sequence, length in zip(generating, lengths, strict=True):
+                    del sequence.tokens[length:]
+        self._next = futures[0].result(), state.limits
 
 
 def ends(sequence: Sequence, length: int) -> bool:

@@ -126,8 +126,8 @@ def finish(sequence: Sequence, state: SchedulerState, keep_until: float | None =
 
 
 def expire(state: SchedulerState, now: float) -> bool:
-    """Let go of what was kept for programs until now or before; whether there was any. To be called between steps, when
-    it matters."""
+    """Let go of what was kept for programs until now or before; whether any block can be had no more. To be called
+    between steps, when it matters."""
     return state.ledger.expire(now)
 
 

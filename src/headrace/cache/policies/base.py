@@ -67,7 +67,8 @@ class KVPolicy(Protocol):
 
     form             how sealed blocks lie in memory; None if nothing is sealed, or only the policy can read it
     residual         a query at position p reads the block of token p - residual + 1 and later ones exactly
-    planes           numbers that exact blocks hold for each token and kv head beside its key and value
+    planes           numbers that exact blocks hold for each token and kv head beside its key and value, and those that
+                     are sealed in a form a bias
     """
 
     @property

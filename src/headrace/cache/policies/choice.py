@@ -111,8 +111,8 @@ def combine(first: KVPolicy, second: KVPolicy, expression: str) -> KVPolicy:
     if isinstance(first, BlockFloatKeys) or first.form is not None:
         raise InputError(f"kv {expression!r}: both policies would write the same sealed blocks; use one of them")
     raise InputError(
-        f"kv {expression!r}: the first policy reads tokens head by head within exact blocks, "
-        "and kivi rounds keys over neighbouring tokens of sealed ones; use one of them"
+        f"kv {expression!r}: what the first policy makes of keys and values is read in the model's own number format; "
+        "use one of them"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from headrace.core import InputError
 from headrace.kernels import _cpu
-from headrace.kernels.cpu import CpuKernels
+from headrace.kernels.cpu import NOTHING_SEALED, CpuKernels
 from headrace.kernels.matrix import PackedWeight
 from headrace.quant import FORMATS
 
@@ -105,7 +105,7 @@ def test_an_exception_in_a_task_reaches_the_caller() -> None:
         expected = KERNELS.linear(x, weight)
         for _ in range(20):
             with pytest.raises((ValueError, MemoryError)):
-                KERNELS.table.attention(0, queries, cache, (0, 0, 4, 4, 0, 0, 0, 0), batch, (0.1, 0, 0.0), 0)
+                KERNELS.table.attention(0, queries, cache, NOTHING_SEALED, batch, (0.1, 0, 0.0), 0)
             assert torch.equal(KERNELS.linear(x, weight), expected)
 
 

@@ -72,7 +72,7 @@ def read_rows(path: str) -> list[Row]:
 def measure(rows: list[Row], options: argparse.Namespace) -> tuple[float, float]:
     """Seconds of one run on a fresh engine, loading not counted, and the share of prompt tokens found in cache."""
     settings = {"kernels": options.kernels, "step_tokens": options.step_tokens, "schedule": options.schedule}
-    settings["max_sequences"] = options.max_sequences
+    settings |= {"max_sequences": options.max_sequences, "kv_cache_bytes": options.kv_cache_bytes}
     with LLM(options.model, precision=options.precision, threads=options.threads, **settings) as llm:
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for _, count in rows]
         llm.generate([[100, 101, 102]], SamplingParams(max_tokens=2))
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=1024)
     parser.add_argument("--schedule", default="planned")
     parser.add_argument("--max-sequences", type=int, default=128)
+    parser.add_argument("--kv-cache-bytes", type=int)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     piles = (

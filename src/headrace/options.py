@@ -127,7 +127,8 @@ class EngineOptions(Options):
     )
     plan_ahead: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Plan the next step while one is computed: auto where a processor core is left for that. Results are the same.",
+        "Plan the next step while one is computed: auto where a processor core is left for that. Results are the same. "
+        "With kv_dir it is not done.",
     )
     max_context: int | None = setting(
         None, "Most tokens of a prompt and its output; the model's own limit if not given.", low=2
